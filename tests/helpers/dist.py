@@ -1,0 +1,66 @@
+"""Runs a function on n gloo ranks by fork: 14 times faster than spawn, since torch is imported once, in the parent."""
+
+import multiprocessing as mp
+import os
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.pipelining
+import torch.distributed.tensor.parallel
+
+
+def run_dist(fn: Callable, world_size: int, *args: Any, timeout: float = 60) -> list:
+    """fn(*args) on each rank, inside a gloo group; the results by rank. A rank's exception is raised here with its traceback."""
+    context = mp.get_context("fork")
+    results: mp.Queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        workers = [context.Process(target=_worker, args=(rank, world_size, store, fn, results, args), daemon=True) for rank in range(world_size)]
+        for worker in workers:
+            worker.start()
+        try:
+            return _collect(results, world_size, timeout)
+        finally:
+            for worker in workers:
+                worker.join(5)
+                if worker.is_alive():
+                    worker.kill()
+
+
+def _collect(results: mp.Queue, world_size: int, timeout: float) -> list:
+    by_rank: dict[int, Any] = {}
+    while len(by_rank) < world_size:
+        try:
+            rank, ok, value = results.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError(f"no result within {timeout} s; ranks done: {sorted(by_rank)} of {world_size}") from None
+        if not ok:
+            raise RuntimeError(f"rank {rank}:\n{value}")
+        by_rank[rank] = value
+    return [by_rank[rank] for rank in range(world_size)]
+
+
+def _worker(rank: int, world_size: int, store: str, fn: Callable, results: mp.Queue, args: tuple) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=40)
+        )
+        results.put((rank, True, fn(*args)))
+        dist.barrier()
+    except BaseException:  # CheckpointException is no Exception
+        results.put((rank, False, traceback.format_exc()))
+    finally:
+        results.close()
+        results.join_thread()
+        os._exit(0)  # gloo's threads race with the interpreter's teardown

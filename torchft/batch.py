@@ -1,0 +1,164 @@
+"""The types that cross layers: a batch, the mask it implies, and what a loss sees and gives. Every tensor's shape stands here, once.
+
+    Batch (b, t) --Decoder--> hidden (b, t, d) --Loss(hidden, heads, batch, at)--> LossOut.total (1,)
+
+A batch is one micro-batch of one data rank; all micro-batches of a step have the same t. A loss returns a sum and tells its
+count from the batch alone, before any forward: the step divides once, by the count over all data ranks, before backward.
+Letters: b rows, t tokens, d hidden, v vocabulary, n tokens flattened, s sequences.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+
+class SampleId(NamedTuple):
+    """Which sample: for NaN dumps and order hashes. Index counts within the source; -1 is a filler without trained tokens."""
+
+    source: str
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who may attend whom, as a description: same document, index_kv <= index_q and, with a window, index_q - index_kv < window.
+
+    Under a KV cache index_q starts at the cache's length. Padding is the last document of its row, so no row is wholly masked.
+    """
+
+    doc_q: Tensor  # (b, tq) int32
+    doc_kv: Tensor  # (b, tk) int32
+    index_q: Tensor  # (tq,) int32
+    index_kv: Tensor  # (tk,) int32
+    plain_causal: bool  # one document a row, no cache: the mask is the causal triangle
+
+    def dense(self, window: int | None) -> Tensor:
+        """The mask as booleans, True = may attend: (b, 1, tq, tk)."""
+        ahead = self.index_q[:, None] - self.index_kv[None, :]  # (tq, tk)
+        allowed = ahead >= 0
+        if window is not None:
+            allowed = allowed & (ahead < window)
+        return (self.doc_q[:, None, :, None] == self.doc_kv[:, None, None, :]) & allowed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one data rank."""
+
+    tokens: Tensor  # (b, t) int64
+    labels: Tensor  # (b, t) int64, already shifted: the token after tokens[i]; arbitrary where weights == 0
+    weights: Tensor  # (b, t) fp32 >= 0; 0 = prompt, last token of a document, padding
+    positions: Tensor  # (b, t) int32, from 0 in every document
+    documents: Tensor  # (b, t) int32, 0.. along a row; padding belongs to the row's last document
+    sequences: Tensor | None = None  # (b, t) int32 into the (s,) fields of extra, -1 none; 2i chosen, 2i + 1 rejected
+    extra: dict[str, Tensor] = field(default_factory=dict)  # by name, (s,) or (b, t) only
+    num_trained: int = 0  # host side, so that nobody waits for the device: tokens with weight > 0
+    weight_sum: float = 0.0  # sum of weights
+    num_tokens: int = 0  # tokens that are not padding
+    plain_causal: bool = False  # one document a row, no padding
+    ids: tuple[SampleId, ...] = ()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; copies overlap with compute when the source is pinned."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens=move(self.tokens),
+            labels=move(self.labels),
+            weights=move(self.weights),
+            positions=move(self.positions),
+            documents=move(self.documents),
+            sequences=move(self.sequences),
+            extra={name: move(x) for name, x in self.extra.items()},
+        )
+
+    def layout(self) -> Layout:
+        """The mask of this batch: causal within each document."""
+        index = torch.arange(self.tokens.shape[1], device=self.tokens.device, dtype=torch.int32)
+        return Layout(self.documents, self.documents, index, index, self.plain_causal)
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's rows of a head whose vocabulary is sharded over `group` (tensor parallelism)."""
+
+    start: int  # the first global row held here
+    size: int  # the real vocabulary size; rows at or above it are padding and masked to -inf
+    group: Group
+
+
+class Projection(Protocol):
+    """What a head shows to a loss; valid only inside the call, while FSDP holds the weight gathered."""
+
+    weight: Tensor  # (v_local, d) plain local tensor; a quantised head gives its dense values
+    bias: Tensor | None  # (v_local,)
+    lora: tuple[Tensor, Tensor, float] | None  # A (r, d), B (v_local, r), factor
+    softcap: float | None  # logits -> cap * tanh(logits / cap)
+    scale: float  # logits multiplied by this, before the cap
+    vocab: VocabShard | None
+    quantised: bool  # weight was dequantised for this call: no gradient for it
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, d) -> (n, v_local), at least fp32."""
+        ...
+
+
+Heads = Mapping[str, Projection]  # "lm", "score", "value"
+
+
+class _SumForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+@dataclass(frozen=True)
+class Across:
+    """All that a loss may know of the parallel layout; the identity at degree 1."""
+
+    cp_group: Group | None = None
+    share: float = 1.0  # 1 / cp: factor on the *metrics* of per-sequence losses, which every cp rank computes whole; never on total
+    scale: float = 1.0  # loss scale / count of the step; the loss multiplies its sum by it
+
+    def over_cp(self, x: Tensor) -> Tensor:
+        """Forward: sum over the cp ranks. Backward: identity, since each rank backpropagates the whole loss into its own tokens
+        (torch.distributed.nn's all_reduce would multiply the gradient by cp)."""
+        return x if self.cp_group is None else _SumForward.apply(x, self.cp_group)
+
+
+@dataclass
+class LossOut:
+    """What a loss gives for one micro-batch."""
+
+    total: Tensor  # (1,) at least fp32: a SUM already multiplied by at.scale; stays connected to the graph even if 0; never logged
+    metrics: dict[str, tuple[Tensor, Tensor]]  # name -> (sum (), count ()), detached, on device; "loss" is among them
+
+
+class Loss(Protocol):
+    """A loss: pure, holds only its own constants."""
+
+    heads: tuple[str, ...]  # the heads it reads: ("lm",), ("score",), ("lm", "value")
+
+    def count(self, batch: Batch) -> float:
+        """This micro-batch's part of the denominator, from the whole batch on the host, before any forward."""
+        ...
+
+    def __call__(self, hidden: Tensor, heads: Heads, batch: Batch, at: Across) -> LossOut:
+        """hidden (b, t_local, d): the final norm's output."""
+        ...

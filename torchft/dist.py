@@ -1,0 +1,171 @@
+"""Processes: who am I, how many are we, on which device, and how do we agree and stop. The only reader of environment variables.
+
+One process without torchrun is world size 1 without a process group; every function here then is the identity. Randomness is
+keyed (contract A8): `keyed_generator("init", seed, name, block)` gives the same numbers on every layout, and no RNG state is saved.
+"""
+
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from torchft.errors import ConfigError, Problem
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
+    """Joins the process group that torchrun announces (none: one process) and picks this process's device.
+
+    device: "auto" (cuda if there is one, else cpu), "cpu" or "cuda". Raises ConfigError if cuda is asked for and missing.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    kind = _device_kind(device, local_size)
+    where = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(where)
+    if "RANK" in os.environ and not dist.is_initialized():
+        options = {"device_id": where} if kind == "cuda" else {"store": _attempt_store(rank, size, timeout_s)}
+        dist.init_process_group(BACKENDS[kind], rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), **options)
+    return World(rank, size, local_rank, local_size, where)
+
+
+def _device_kind(device: str, local_size: int) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(Problem("device", device, "auto, cpu or cuda", "choose one of them"))
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    if device == "cuda" and available < local_size:
+        raise ConfigError(
+            Problem("device", "cuda", f"{local_size} CUDA devices, one a process; found {available}", "use device=cpu or fewer processes")
+        )
+    return device
+
+
+def _attempt_store(rank: int, size: int, timeout_s: float) -> dist.Store:
+    """The agent's store under a prefix of this restart: after a restart gloo would otherwise read the dead workers' addresses."""
+    timeout = timedelta(seconds=timeout_s)
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=not agent and rank == 0, timeout=timeout
+    )
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def comm_device() -> torch.device:
+    """Where small tensors must live to be reduced by the default group."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def agree(value: int) -> int:
+    """The largest `value` of any rank, on every rank. The one primitive for each branch that changes collectives (stop, save,
+    skip): a signal or an error may reach one rank alone, and a branch taken by one rank alone hangs all others."""
+    if world_size() == 1:
+        return int(value)
+    flag = torch.tensor([int(value)], dtype=torch.int64, device=comm_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return int(flag.item())
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's value on every rank (small Python objects)."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=comm_device())
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def keyed_seed(*key: object) -> int:
+    """A 63-bit seed from the key: equal on every machine, rank and version of Python."""
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def keyed_generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """The one noise rule: a generator that depends on the key alone. Draw at full width, then take this rank's slice."""
+    return torch.Generator(device=device).manual_seed(keyed_seed(*key))
+
+
+def shard_indices(tensor: Tensor, dim: int) -> Tensor | None:
+    """Which global indices along `dim` this rank holds of a sharded DTensor: (local size,) int64 on the CPU; None: all of them.
+
+    An index vector is distributed with the tensor's own placements, so strided shards (FSDP inside TP) and uneven ones are right.
+    """
+    if not isinstance(tensor, DTensor) or not any(_shards(p, dim) for p in tensor.placements):
+        return None
+    placements = [_along_first(p) if _shards(p, dim) else Replicate() for p in tensor.placements]
+    index = torch.arange(tensor.shape[dim], device=tensor.device_mesh.device_type)
+    return distribute_tensor(index, tensor.device_mesh, placements, src_data_rank=None).to_local().cpu()
+
+
+def _shards(placement: Placement, dim: int) -> bool:
+    """True for Shard and for the strided shard of FSDP inside TP, whose `is_shard` says no."""
+    return getattr(placement, "dim", None) == dim
+
+
+def _along_first(placement: Placement) -> Placement:
+    """The same placement, strided or not, for dim 0 of a vector."""
+    return type(placement)(0, split_factor=placement.split_factor) if hasattr(placement, "split_factor") else Shard(0)
+
+
+def environment(name: str, default: str = "") -> str:
+    """An environment variable, for the few modules that need one."""
+    return os.environ.get(name, default)
+
+
+def shutdown(code: int = 0) -> None:
+    """Ends this process with `code`: flush, leave the group, exit. Does not return in a process group.
+
+    On gloo the interpreter's own teardown races with gloo's threads and aborts at random (SIGABRT after a good run), so the
+    process is left by os._exit once everything is flushed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not dist.is_initialized():
+        if code:
+            raise SystemExit(code)
+        return
+    if code == 0:
+        dist.barrier()
+    if dist.get_backend() == "gloo":
+        os._exit(code)
+    dist.destroy_process_group()
+    raise SystemExit(code)
