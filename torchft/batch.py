@@ -116,6 +116,12 @@ class Projection(Protocol):
 Heads = Mapping[str, Projection]  # "lm", "score", "value"
 
 
+def sum_forward(x: Tensor, group: Group | None) -> Tensor:
+    """Forward: sum over the group. Backward: identity, right where every rank backpropagates the same whole loss
+    (torch.distributed.nn's all_reduce would multiply the gradient by the group's size)."""
+    return x if group is None else _SumForward.apply(x, group)
+
+
 class _SumForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group) -> Tensor:
@@ -137,9 +143,8 @@ class Across:
     scale: float = 1.0  # loss scale / count of the step; the loss multiplies its sum by it
 
     def over_cp(self, x: Tensor) -> Tensor:
-        """Forward: sum over the cp ranks. Backward: identity, since each rank backpropagates the whole loss into its own tokens
-        (torch.distributed.nn's all_reduce would multiply the gradient by cp)."""
-        return x if self.cp_group is None else _SumForward.apply(x, self.cp_group)
+        """The sum over the cp ranks; each rank backpropagates the whole loss into its own tokens."""
+        return sum_forward(x, self.cp_group)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import multiprocessing as mp
 import os
+import pickle
 import queue
 import tempfile
 import traceback
@@ -24,7 +25,9 @@ def run_dist(fn: Callable, world_size: int, *args: Any, timeout: float = 60) -> 
     results: mp.Queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        workers = [context.Process(target=_worker, args=(rank, world_size, store, fn, results, args), daemon=True) for rank in range(world_size)]
+        workers = [
+            context.Process(target=_worker, args=(rank, world_size, store, fn, results, args), daemon=True) for rank in range(world_size)
+        ]
         for worker in workers:
             worker.start()
         try:
@@ -45,7 +48,7 @@ def _collect(results: mp.Queue, world_size: int, timeout: float) -> list:
             raise TimeoutError(f"no result within {timeout} s; ranks done: {sorted(by_rank)} of {world_size}") from None
         if not ok:
             raise RuntimeError(f"rank {rank}:\n{value}")
-        by_rank[rank] = value
+        by_rank[rank] = pickle.loads(value)
     return [by_rank[rank] for rank in range(world_size)]
 
 
@@ -56,7 +59,7 @@ def _worker(rank: int, world_size: int, store: str, fn: Callable, results: mp.Qu
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=40)
         )
-        results.put((rank, True, fn(*args)))
+        results.put((rank, True, pickle.dumps(fn(*args))))  # bytes: a tensor in a queue is a file handle that dies with its sender
         dist.barrier()
     except BaseException:  # CheckpointException is no Exception
         results.put((rank, False, traceback.format_exc()))

@@ -1,0 +1,24 @@
+"""The few private calls into torch that have no public form in the supported releases, each behind a name of its own and a test."""
+
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+
+def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """One axis made of all of the mesh's axes."""
+    return mesh._flatten(name)
+
+
+def join_meshes(meshes: list[DeviceMesh]) -> DeviceMesh:
+    """One mesh whose axes are those of `meshes`, which share a root."""
+    return DeviceMesh._concatenate(meshes)
+
+
+def run_microbatches(schedule: PipelineScheduleSingle, args: list[tuple], kwargs: list[dict[str, Any]], targets: list | None) -> None:
+    """One pass of a pipeline schedule over lists of micro-batches, without stacking tensors and cutting them up again."""
+    stage = schedule._stage
+    stage.has_backward = schedule._has_backward
+    stage.clear_runtime_states()
+    schedule._step_microbatches(args, kwargs, targets, [] if targets is not None else None, return_outputs=False)

@@ -1,0 +1,59 @@
+"""The order of parallelisation, on one screen. Every call does nothing at degree 1.
+
+    stages on meta (quantised, adapters on) --> TP/SP --> recompute --> compile --> FSDP2 --> allocate --> Parts
+
+Weights are loaded, or initialised, afterwards, into the shards.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from torchft.models.decoder import Decoder
+from torchft.parallel.compile import CompileConfig, apply_compile
+from torchft.parallel.fsdp import PrecisionConfig, apply_fsdp
+from torchft.parallel.mesh import Mesh, ParallelConfig
+from torchft.parallel.parts import Parts
+from torchft.parallel.pp import Pipeline
+from torchft.parallel.recompute import MemoryConfig, apply_recompute
+from torchft.parallel.tp import apply_tp
+
+
+def parallelize(
+    modules: Sequence[Decoder],
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    *,
+    precision: PrecisionConfig | None = None,
+    memory: MemoryConfig | None = None,
+    compile: CompileConfig | None = None,
+) -> Parts:
+    """Turns this rank's stages (on meta) into Parts with allocated, unset parameters. One process of one precision stays plain."""
+    precision, memory, compile = precision or PrecisionConfig(), memory or MemoryConfig(), compile or CompileConfig()
+    trainable = {name for module in modules for name, p in module.named_parameters() if p.requires_grad}
+    reshard = parallel.fsdp.reshard_after_forward
+    for module in modules:
+        if mesh.degrees["tp"] > 1:
+            apply_tp(module, mesh.axis("tp"), sequence_parallel=parallel.sequence_parallel)
+        apply_recompute(module, memory)
+        apply_compile(module, compile)
+        if mesh.device_mesh is not None:
+            apply_fsdp(module, mesh, precision, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard)
+        module.to_empty(device=mesh.device)
+    return Parts(list(modules), mesh, _over_stages(trainable, mesh), _pipeline(modules, mesh, parallel, precision))
+
+
+def _pipeline(modules: Sequence[Decoder], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> Pipeline | None:
+    if mesh.degrees["pp"] == 1:
+        return None
+    return Pipeline(modules[0], mesh, parallel.schedule, precision.compute_dtype)
+
+
+def _over_stages(names: set[str], mesh: Mesh) -> frozenset[str]:
+    """The union over the pipeline's stages."""
+    group = mesh.group("pp")
+    if group is None:
+        return frozenset(names)
+    stages: list[set[str]] = [set()] * mesh.degrees["pp"]
+    torch.distributed.all_gather_object(stages, names, group=group)
+    return frozenset().union(*stages)

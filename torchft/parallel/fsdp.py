@@ -1,0 +1,54 @@
+"""FSDP2 (fully_shard): parameters, gradients and optimizer state sharded over dp_shard x cp, replicated over dp_replicate.
+
+It is also the one implementation of mixed precision and makes gradients uniform DTensors, so everything but a single process of one
+precision goes through it, a mesh of size 1 included. Gradients are *summed*: the loss was divided by the global count already.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from torchft.dtypes import DTYPES
+from torchft.errors import Problem
+from torchft.models.decoder import Decoder
+from torchft.parallel.mesh import Mesh
+
+DtypeName = Literal["fp32", "bf16", "fp64"]
+
+
+@dataclass
+class PrecisionConfig:
+    params: DtypeName = "fp32"  # parameters and optimizer state; bf16: pure bf16
+    compute: DtypeName | None = None  # forward and backward; bf16 over fp32 params: mixed precision; null: as params
+    reduce: DtypeName | None = None  # gradient reduction over ranks; null: fp32 under bf16 compute
+    matmul: Literal["highest", "high", "medium"] = "highest"  # fp32 matrix products: high allows TF32 on CUDA
+
+    def check(self) -> Iterator[Problem]:
+        widths = {"bf16": 2, "fp32": 4, "fp64": 8}
+        if self.compute and widths[self.compute] > widths[self.params]:
+            yield Problem("precision.compute", self.compute, f"no wider than precision.params={self.params}", "set precision.params=fp32")
+
+    @property
+    def is_mixed(self) -> bool:
+        """True if compute differs from params: FSDP2 then keeps the wide parameters and casts."""
+        return self.compute is not None and self.compute != self.params
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES[self.compute or self.params]
+
+
+def apply_fsdp(model: Decoder, mesh: Mesh, cfg: PrecisionConfig, *, reshard_after_forward: bool) -> None:
+    """Shards each block and then the root (embedding, final norm, heads), in place."""
+    reduce = DTYPES[cfg.reduce] if cfg.reduce else (torch.float32 if cfg.compute_dtype == torch.bfloat16 else None)
+    policy = MixedPrecisionPolicy(param_dtype=cfg.compute_dtype if cfg.is_mixed else None, reduce_dtype=reduce)
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which the factor alone would use

@@ -1,0 +1,145 @@
+"""One mesh for all axes: pp, dp_replicate, dp_shard, cp, tp, outermost first, so that tp peers are neighbours.
+
+    derived: fsdp = dp_shard x cp (parameters are sharded over it; dp_replicate stands apart)
+             dp   = dp_replicate x dp_shard (who gets which batches; counts)      data = dp x cp (gradients, metrics)
+
+Degrees are checked against the number of processes and the model before anything is allocated. The combinations that
+tests/dist holds equal to one process are listed in SUPPORTED; any other raises.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchft.batch import Group
+from torchft.compat import flatten_mesh, join_meshes
+from torchft.errors import ConfigError, Problem
+from torchft.models.spec import ModelSpec
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+SUPPORTED = (
+    {"dp_replicate", "dp_shard"},  # FSDP2, HSDP
+    {"dp_shard", "tp"},
+    {"dp_shard", "pp"},
+)
+
+
+@dataclass
+class FsdpConfig:
+    reshard_after_forward: bool | None = None  # free gathered parameters between forward and backward; null: yes, but not under pp
+
+
+@dataclass
+class ParallelConfig:
+    dp_replicate: int = 1  # replicas of the sharded model (HSDP)
+    dp_shard: int = -1  # fully sharded data parallelism (FSDP2); -1: all remaining processes
+    cp: int = 1  # context parallelism (not yet built: 1)
+    tp: int = 1  # tensor parallelism; must divide the heads and the vocabulary
+    pp: int = 1  # pipeline stages
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # pipeline schedule
+    sequence_parallel: bool = True  # under tp, shard the tokens between blocks (memory); the numbers are the same
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)  # options of FSDP2
+    timeout_s: float = 600.0  # a collective that takes longer ends the run
+
+    def check(self) -> Iterator[Problem]:
+        for axis in AXES:
+            degree = getattr(self, axis)
+            if degree < 1 and not (axis == "dp_shard" and degree == -1):
+                yield Problem(f"parallel.{axis}", str(degree), "a whole number >= 1", "use 1 to switch the axis off")
+        if self.cp != 1:
+            yield Problem("parallel.cp", str(self.cp), "1: context parallelism is not built yet", "use parallel.tp or shorter sequences")
+        if self.timeout_s <= 0:
+            yield Problem("parallel.timeout_s", str(self.timeout_s), "seconds > 0", "use 600")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The processes by axis. `device_mesh` is None for one process without a process group: every group is None then."""
+
+    degrees: dict[str, int]  # by axis, -1 resolved
+    device: torch.device
+    device_mesh: DeviceMesh | None = None
+    fsdp: DeviceMesh | None = None  # (fsdp) or (dp_replicate, fsdp)
+    dp: DeviceMesh | None = None  # flat
+
+    @property
+    def dp_size(self) -> int:
+        return self.degrees["dp_replicate"] * self.degrees["dp_shard"]
+
+    @property
+    def dp_rank(self) -> int:
+        return 0 if self.dp is None else self.dp.get_local_rank()
+
+    def axis(self, name: str) -> DeviceMesh | None:
+        """The one-axis mesh of this process."""
+        return None if self.device_mesh is None else self.device_mesh[name]
+
+    def group(self, name: str) -> Group | None:
+        """The axis's group; None at degree 1."""
+        return self.device_mesh[name].get_group() if self.device_mesh is not None and self.degrees[name] > 1 else None
+
+    def rank(self, name: str) -> int:
+        """This process's place along the axis."""
+        return 0 if self.device_mesh is None else self.device_mesh[name].get_local_rank()
+
+    def describe(self) -> str:
+        """`dp_shard 2 x tp 2`, or `1 process`."""
+        used = [f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1]
+        return " x ".join(used) or "1 process"
+
+
+def resolve_degrees(cfg: ParallelConfig, world_size: int) -> dict[str, int]:
+    """The degrees with dp_shard=-1 filled in. Raises ConfigError with the arithmetic if they don't multiply to world_size."""
+    fixed = cfg.dp_replicate * cfg.cp * cfg.tp * cfg.pp
+    shard = world_size // fixed if cfg.dp_shard == -1 else cfg.dp_shard
+    if shard < 1 or fixed * shard != world_size:
+        product = f"dp_replicate {cfg.dp_replicate} x dp_shard {cfg.dp_shard} x cp {cfg.cp} x tp {cfg.tp} x pp {cfg.pp}"
+        wanted = fixed * max(1, cfg.dp_shard)
+        raise ConfigError(
+            Problem(
+                "parallel",
+                f"{product} on {world_size} process{'es' * (world_size > 1)}",
+                "degrees whose product is the number of processes"
+                + (f" (a multiple of {fixed} with dp_shard -1)" if cfg.dp_shard == -1 else f" ({wanted})"),
+                f"start {wanted} processes (torchrun --nproc_per_node), or change the degrees",
+            )
+        )
+    return {"pp": cfg.pp, "dp_replicate": cfg.dp_replicate, "dp_shard": shard, "cp": cfg.cp, "tp": cfg.tp}
+
+
+def check_degrees(degrees: dict[str, int], spec: ModelSpec, cfg: ParallelConfig) -> Iterator[Problem]:
+    """What the model does not allow, and combinations no test covers."""
+    used = {axis for axis, degree in degrees.items() if degree > 1}
+    if not any(used <= allowed for allowed in SUPPORTED):
+        allowed = "; ".join(" x ".join(sorted(s)) for s in SUPPORTED)
+        yield Problem("parallel", " x ".join(sorted(used)), f"one of: {allowed}", "set the other axes to 1")
+    tp, pp = degrees["tp"], degrees["pp"]
+    sizes = {
+        "num_heads": spec.attention.num_heads,
+        "num_kv_heads": spec.attention.num_kv_heads,
+        "intermediate_size": spec.mlp.intermediate_size,
+        "vocab_size": spec.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % tp:
+            legal = [d for d in range(1, size + 1) if all(s % d == 0 for s in sizes.values())]
+            yield Problem("parallel.tp", str(tp), f"a divisor of {name}={size}", f"use one of {legal}, or raise parallel.dp_shard instead")
+            break
+    if tp > 1 and set(spec.heads) != {"lm"}:
+        yield Problem("parallel.tp", str(tp), 'a model whose only head is "lm"', "use parallel.tp=1")
+    if pp > spec.num_layers:
+        yield Problem("parallel.pp", str(pp), f"at most num_layers={spec.num_layers}", f"use parallel.pp <= {spec.num_layers}")
+
+
+def build_mesh(degrees: dict[str, int], device: torch.device) -> Mesh:
+    """The mesh over the default process group; with degrees of all ones and no group, the identity."""
+    if not torch.distributed.is_initialized():
+        return Mesh(degrees, device)
+    root = init_device_mesh(device.type, tuple(degrees[a] for a in AXES), mesh_dim_names=AXES)
+    fsdp = flatten_mesh(root["dp_shard", "cp"], "fsdp")
+    if degrees["dp_replicate"] > 1:
+        fsdp = join_meshes([root["dp_replicate"], fsdp])
+    return Mesh(degrees, device, root, fsdp, flatten_mesh(root["dp_replicate", "dp_shard"], "dp"))

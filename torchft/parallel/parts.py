@@ -1,0 +1,153 @@
+"""Parts: this process's share of a parallelised model, and the few things a step does with it whatever the layout.
+
+A loop over micro-batches or a pipeline schedule; gradients summed over data ranks on the last micro-batch alone; names global.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from torchft.batch import Across, Batch, Heads, Loss
+from torchft.models.decoder import Decoder
+from torchft.parallel.grads import clip, global_norm
+from torchft.parallel.mesh import Mesh
+from torchft.parallel.pp import Pipeline
+
+Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), this rank's micro-batches
+
+
+@dataclass
+class Parts:
+    """What `parallelize` returns. `trainable`: global names over all ranks."""
+
+    modules: list[Decoder]
+    mesh: Mesh
+    trainable: frozenset[str]
+    pipeline: Pipeline | None = None
+    _metric_names: list[str] | None = field(default=None, init=False)
+
+    @property
+    def has_first(self) -> bool:
+        return self.modules[0].first
+
+    @property
+    def has_last(self) -> bool:
+        return self.modules[-1].last
+
+    def named_parameters(self, *, copies: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+        """Global names and parameters of this rank; the last stage's copy of a tied embedding only with `copies`."""
+        for module in self.modules:
+            for name, parameter in module.named_parameters():
+                if copies or not (name == "embed_tokens.weight" and not module.first):
+                    yield name, parameter
+
+    def place(self, batch: Batch) -> Batch:
+        """The batch on this process's device."""
+        return batch.to(self.mesh.device)
+
+    def sum_over_dp(self, value: float) -> float:
+        """The sum over the data ranks, in fp64; cp, tp and pp peers hold the same batch and don't count."""
+        return float(self._reduce_dp(torch.tensor(value, dtype=torch.float64, device=self.mesh.device)).item())
+
+    def forward_backward(self, batches: Sequence[Batch], loss: Loss, scale: float) -> Metrics:
+        """Accumulates the gradients of scale * sum(loss) over this rank's micro-batches, reduced over all axes at the end.
+
+        Gives the metrics of this rank's micro-batches, on the last pipeline stage; empty on the others.
+        """
+        seen: list[Metrics] = []
+        batches = [self.place(batch) for batch in batches]
+        reduces = [_loss_of(loss, batch, Across(scale=scale), seen) for batch in batches]
+        if self.pipeline:
+            self.pipeline.run(batches, reduces, backward=True)
+            self.pipeline.sum_tied_gradient()
+        else:
+            module = self.modules[0]
+            for i, (batch, reduce) in enumerate(zip(batches, reduces, strict=True)):
+                if isinstance(module, FSDPModule):
+                    module.set_requires_gradient_sync(i == len(batches) - 1)
+                    module.set_is_last_backward(i == len(batches) - 1)
+                module(batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce).backward()
+        return _add_up(seen)
+
+    @torch.no_grad()
+    def forward_only(self, batches: Sequence[Batch], fn: Callable[[Tensor, Heads, Batch, Across], Tensor]) -> list[Tensor] | None:
+        """fn(hidden, heads, batch, at) for each micro-batch, without gradients; None but on the last pipeline stage."""
+        results: list[Tensor] = []
+        batches = [self.place(batch) for batch in batches]
+        reduces = [_result_of(fn, batch, results) for batch in batches]
+        training = self.modules[0].training
+        for module in self.modules:
+            module.eval()
+        if self.pipeline:
+            self.pipeline.run(batches, reduces, backward=False)
+        else:
+            for batch, reduce in zip(batches, reduces, strict=True):
+                self.modules[0](batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce)
+        for module in self.modules:
+            module.train(training)
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the root stays gathered after a forward; after new weights are loaded it would be stale
+        return results if self.has_last else None
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Clips all gradients to max_norm (None: no clipping); their norm over all axes before that, the same on every rank."""
+        norm = global_norm((p for _, p in self.named_parameters()), self.mesh.device)
+        clip((p for _, p in self.named_parameters(copies=True)), max_norm, norm)
+        return norm
+
+    def reduce_metrics(self, metrics: Metrics) -> dict[str, float]:
+        """Mean of each metric over all data ranks, on every rank; 0 / 0 is NaN. A collective."""
+        names = self._names_of(metrics)
+        table = torch.zeros(len(names), 2, dtype=torch.float64, device=self.mesh.device)
+        for i, name in enumerate(names):
+            if name in metrics:
+                table[i] = torch.stack(metrics[name]).double()
+        self._reduce_dp(table)
+        if self.pipeline:  # only the last stage has numbers, the others added zeros
+            dist.all_reduce(table, group=self.mesh.group("pp"))
+        return {name: total / count if count else float("nan") for name, (total, count) in zip(names, table.tolist(), strict=True)}
+
+    def _names_of(self, metrics: Metrics) -> list[str]:
+        if not self.pipeline:
+            return sorted(metrics)
+        if self._metric_names is None:
+            box = [sorted(metrics)]
+            line = dist.get_process_group_ranks(self.mesh.group("pp"))
+            dist.broadcast_object_list(box, src=line[-1], group=self.mesh.group("pp"), device=self.mesh.device)
+            self._metric_names = box[0]
+        return self._metric_names
+
+    def _reduce_dp(self, x: Tensor) -> Tensor:
+        if self.mesh.dp is not None and self.mesh.dp_size > 1:
+            dist.all_reduce(x, group=self.mesh.dp.get_group())
+        return x
+
+
+def _loss_of(loss: Loss, batch: Batch, at: Across, seen: list[Metrics]) -> Callable[[Tensor, Heads], Tensor]:
+    def reduce(hidden: Tensor, heads: Heads) -> Tensor:
+        out = loss(hidden, heads, batch, at)
+        seen.append(out.metrics)
+        return out.total  # a tensor, not the LossOut: FSDP2 and the pipeline hang their hooks on the output
+
+    return reduce
+
+
+def _result_of(fn: Callable, batch: Batch, results: list[Tensor]) -> Callable[[Tensor, Heads], Tensor]:
+    def reduce(hidden: Tensor, heads: Heads) -> Tensor:
+        results.append(fn(hidden, heads, batch, Across()))
+        return hidden.new_zeros(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    return reduce
+
+
+def _add_up(seen: list[Metrics]) -> Metrics:
+    total: Metrics = {}
+    for metrics in seen:
+        for name, (value, count) in metrics.items():
+            before = total.get(name)
+            total[name] = (value, count) if before is None else (before[0] + value, before[1] + count)
+    return total

@@ -1,0 +1,111 @@
+"""Tensor parallelism by declaration (Megatron-LM, Shoeybi et al. 2019; sequence parallelism, Korthikanti et al. 2022).
+
+A plan says column or row by glob; every linear-like class says in TP_DIMS along which dimension each parameter is cut when it is a
+column or a row. Between blocks the stream is a plain local tensor: this rank's tokens with sequence parallelism, all without.
+
+    stream (b, t/tp, d) --norm--> --gather--> (b, t, d) --column--> heads/tp ... --row--> partial sums --reduce-scatter--> stream
+
+Parameters become DTensors, so FSDP2, checkpoints and adapters need to know nothing of this file.
+"""
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import wait_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from torchft.batch import VocabShard
+from torchft.models.decoder import Decoder
+
+Role = Literal["column", "row", "norm", "gather", "embedding"]
+
+PLAN: tuple[tuple[str, Role], ...] = (
+    ("embed_tokens", "embedding"),
+    ("layers.*.input_layernorm", "norm"),
+    ("layers.*.self_attn", "gather"),
+    ("layers.*.self_attn.[qkv]_proj", "column"),
+    ("layers.*.self_attn.o_proj", "row"),
+    ("layers.*.post_attention_layernorm", "norm"),
+    ("layers.*.mlp", "gather"),
+    ("layers.*.mlp.gate_proj", "column"),
+    ("layers.*.mlp.up_proj", "column"),
+    ("layers.*.mlp.down_proj", "row"),
+)
+
+LINEAR_DIMS = {"weight": (0, 1), "bias": (0, None)}  # {parameter: (dim cut in a column, dim cut in a row)}; None: whole on each rank
+ROLE_INDEX = {"column": 0, "embedding": 0, "row": 1}
+
+
+def apply_tp(model: Decoder, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
+    """Shards one stage over the tp axis, in place; parameters may be on meta. Trainability is kept."""
+    stream: Placement = Shard(1) if sequence_parallel else Replicate()
+    for name, module in list(model.named_modules()):
+        for pattern, role in PLAN:
+            if fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
+                _distribute(module, mesh, role, stream)
+    if not model.last:
+        return
+    _distribute(model.norm, mesh, "norm", stream)
+    model.norm.register_forward_hook(lambda module, args, out: _whole_hidden(out))
+    rows = model.spec.vocab_size // mesh.size()
+    model.lm_head.vocab = VocabShard(mesh.get_local_rank() * rows, model.spec.vocab_size, mesh.get_group())
+    if model.lm_head.weight is not None:
+        _partition(model.lm_head, mesh, 0)
+
+
+def _distribute(module: nn.Module, mesh: DeviceMesh, role: Role, stream: Placement) -> None:
+    """Cuts the module's own parameters and translates between the plain stream and DTensors at its border."""
+    _partition(module, mesh, ROLE_INDEX.get(role))
+    inputs, outputs = _BORDERS[role](mesh, stream)
+    if inputs:
+        module.register_forward_pre_hook(lambda module, args: (inputs(args[0]), *args[1:]))
+    if outputs:
+        module.register_forward_hook(lambda module, args, out: outputs(out))
+
+
+def _partition(module: nn.Module, mesh: DeviceMesh, index: int | None) -> None:
+    """index: 0 column, 1 row, None whole."""
+    dims = dict(LINEAR_DIMS)
+    for cls in reversed(type(module).__mro__):
+        dims |= vars(cls).get("TP_DIMS", {})
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        dim = None if index is None else dims[name][index]
+        placement = Replicate() if dim is None else Shard(dim)
+        sharded = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+
+
+def _norm(mesh: DeviceMesh, stream: Placement):
+    return lambda x: _as_dtensor(x, mesh, stream), None
+
+
+def _gather(mesh: DeviceMesh, stream: Placement):
+    return lambda x: x.redistribute(placements=[Replicate()]), None
+
+
+def _column(mesh: DeviceMesh, stream: Placement):
+    return None, lambda y: y.to_local()
+
+
+def _row(mesh: DeviceMesh, stream: Placement):
+    return lambda x: _as_dtensor(x, mesh, Shard(-1)), lambda y: y.redistribute(placements=[stream]).to_local()
+
+
+def _embedding(mesh: DeviceMesh, stream: Placement):
+    # wait_tensor: under a compiled block the pending result of the reduce-scatter would lose the embedding's gradient, silently
+    return lambda x: _as_dtensor(x, mesh, Replicate()), lambda y: wait_tensor(y.redistribute(placements=[stream]).to_local())
+
+
+_BORDERS: dict[Role, Callable] = {"norm": _norm, "gather": _gather, "column": _column, "row": _row, "embedding": _embedding}
+
+
+def _as_dtensor(x: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    return DTensor.from_local(x, mesh, [placement], run_check=False)
+
+
+def _whole_hidden(out: DTensor) -> Tensor:
+    """All tokens for the heads, as a plain tensor (b, t, d); each rank's vocabulary gives a part of its gradient."""
+    return out.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])

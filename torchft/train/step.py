@@ -1,0 +1,77 @@
+"""One optimizer step over all micro-batches, the same for every layout; and a forward without gradients.
+
+    counts --all-reduce over dp--> N      each micro-batch: forward, loss * (1 / N), backward      clip      step or skip
+
+The loss is divided once, before backward, by the count of the whole step over all data ranks: accumulation, packing, padding and
+the number of ranks can't change the gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.optim import Optimizer
+
+from torchft.batch import Across, Batch, Loss
+from torchft.errors import NumericError
+from torchft.parallel.parts import Metrics, Parts
+
+
+@dataclass
+class NonFinite:
+    """What to do when loss or gradients are not finite: all ranks decide the same, since they share one norm."""
+
+    action: Literal["stop", "skip"] = "stop"  # stop: end the run at once; skip: leave the weights as they are and go on
+    max_in_row: int = 3  # stop after so many skipped steps in a row
+
+
+@dataclass
+class StepStats:
+    """What one step did. `metrics` are this rank's sums and counts (reduced only when logged)."""
+
+    metrics: Metrics
+    count: float  # the denominator over all data ranks
+    grad_norm: float  # over all axes, before clipping
+    num_tokens: int  # this rank's non-padding tokens
+    skipped: str = ""  # why the weights did not move; "" if they did
+
+
+def train_step(
+    parts: Parts, batches: Sequence[Batch], loss: Loss, optimizer: Optimizer, *, max_norm: float | None, nonfinite: NonFinite
+) -> StepStats:
+    """Forward, backward, clip and step. Raises NumericError when something is not finite and the policy is "stop".
+
+    A step without any trained token on any rank moves nothing and says so in `skipped`.
+    """
+    count = parts.sum_over_dp(math.fsum(map(loss.count, batches)))  # the step's one denominator
+    metrics = parts.forward_backward(batches, loss, scale=1.0 / count if count else 0.0)
+    norm = float(parts.clip(max_norm).item())
+    skipped = "" if count and math.isfinite(norm) else "no trained tokens" if not count else "loss or gradients not finite"
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not math.isfinite(norm) and nonfinite.action == "stop":
+        ids = ", ".join(f"{i.source}[{i.index}] epoch {i.epoch}" for batch in batches for i in batch.ids[:4])
+        raise NumericError(
+            f"loss or gradients are not finite\n  given:    gradient norm {norm}; samples of this rank: {ids} ...\n"
+            "  expected: a finite number\n  fix:      look at these samples, lower optim.lr, or set train.nonfinite.action=skip"
+        )
+    return StepStats(metrics, count, norm, sum(batch.num_tokens for batch in batches), skipped)
+
+
+def evaluate(parts: Parts, steps: Sequence[Sequence[Batch]], loss: Loss) -> dict[str, float]:
+    """The metrics over all batches of all data ranks, weighted by their counts, on every rank: independent of batch size, padding
+    and world size. Every rank must give the same number of steps and micro-batches."""
+    total: Metrics = {}
+
+    def one(hidden, heads, batch: Batch, at: Across):
+        out = loss(hidden, heads, batch, at)
+        for name, (value, count) in out.metrics.items():
+            before = total.get(name, (0.0, 0.0))
+            total[name] = (before[0] + value.double(), before[1] + count.double())
+        return out.total
+
+    for batches in steps:
+        parts.forward_only(batches, one)
+    return parts.reduce_metrics(total)
