@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
@@ -95,8 +94,8 @@ def _row(mesh: DeviceMesh, stream: Placement):
 
 
 def _embedding(mesh: DeviceMesh, stream: Placement):
-    # wait_tensor: under a compiled block the pending result of the reduce-scatter would lose the embedding's gradient, silently
-    return lambda x: _as_dtensor(x, mesh, Replicate()), lambda y: wait_tensor(y.redistribute(placements=[stream]).to_local())
+    # never async_op=True here: a compiled block that is handed the pending result loses the embedding's gradient, silently
+    return lambda x: _as_dtensor(x, mesh, Replicate()), lambda y: y.redistribute(placements=[stream]).to_local()
 
 
 _BORDERS: dict[Role, Callable] = {"norm": _norm, "gather": _gather, "column": _column, "row": _row, "embedding": _embedding}

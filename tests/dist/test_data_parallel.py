@@ -1,0 +1,161 @@
+"""Data parallelism over ten steps, and what must never change a gradient: accumulation, packing, padding."""
+
+import pytest
+import torch
+
+from tests.dist.test_contract import adamw, full
+from tests.helpers.dist import run_dist
+from tests.helpers.tiny import global_steps, of_rank, packed_batch, relative_error, tiny_llama
+from torchft.batch import Across, Batch, sum_forward
+from torchft.dist import agree, keyed_seed
+from torchft.dtypes import DTYPES
+from torchft.losses.cross_entropy import CrossEntropy
+from torchft.models.init import init_weights
+from torchft.parallel.apply import parallelize
+from torchft.parallel.fsdp import PrecisionConfig
+from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.pp import build_stages
+from torchft.train.step import NonFinite, train_step
+
+STEPS = 10
+
+
+def build(world: int, dtype: str, precision: PrecisionConfig | None = None, **degrees):
+    spec, cfg = tiny_llama(), ParallelConfig(**degrees)
+    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
+    parts = parallelize(build_stages(spec, mesh, DTYPES[dtype]), mesh, cfg, precision=precision or PrecisionConfig(params=dtype))
+    init_weights(parts.named_parameters(copies=True), spec, seed=2)
+    return parts
+
+
+def ten_steps(world: int, dtype: str, degrees: dict):
+    parts = build(world, dtype, **degrees)
+    optimizer = adamw(p for _, p in parts.named_parameters())
+    losses = []
+    for batches in global_steps(STEPS):
+        mine = of_rank(batches, parts.mesh.dp_rank, parts.mesh.dp_size)
+        stats = train_step(parts, mine, CrossEntropy(), optimizer, max_norm=0.05, nonfinite=NonFinite())
+        losses.append(parts.reduce_metrics(stats.metrics)["loss"])
+    return losses, {name: full(p) for name, p in parts.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("fp64", 1e-9), ("fp32", 1e-5)])
+@pytest.mark.parametrize("world,degrees", [(2, {}), (4, {}), (4, {"dp_replicate": 2})], ids=["fsdp2", "fsdp4", "hsdp2x2"])
+def test_ten_steps_equal_one_process(world, degrees, dtype, tolerance):
+    """Losses of ten AdamW steps and all weights after them."""
+    want_losses, want = ten_steps(1, dtype, {})
+    for losses, weights in run_dist(ten_steps, world, world, dtype, degrees):
+        assert all(abs(a - b) <= tolerance * b for a, b in zip(losses, want_losses, strict=True))
+        for name, weight in weights.items():
+            assert relative_error(weight, want[name]) <= tolerance, name
+
+
+def rows_of(batch: Batch) -> list[Batch]:
+    """The same rows, one to a micro-batch."""
+    return [
+        Batch(
+            *(getattr(batch, key)[i : i + 1] for key in ("tokens", "labels", "weights", "positions", "documents")),
+            num_trained=int((batch.weights[i] > 0).sum()),
+            weight_sum=float(batch.weights[i].double().sum()),
+        )
+        for i in range(batch.tokens.shape[0])
+    ]
+
+
+def gradient(batches: list[Batch]) -> dict[str, torch.Tensor]:
+    parts = build(1, "fp64")
+    total = sum(map(CrossEntropy().count, batches))
+    parts.forward_backward(batches, CrossEntropy(), scale=1 / total)
+    return {name: p.grad for name, p in parts.named_parameters()}
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """All rows in one micro-batch."""
+    return Batch(
+        *(torch.cat([getattr(b, key) for b in batches]) for key in ("tokens", "labels", "weights", "positions", "documents")),
+        num_trained=sum(b.num_trained for b in batches),
+        weight_sum=sum(b.weight_sum for b in batches),
+    )
+
+
+def unpacked(batch: Batch) -> Batch:
+    """Each document in a row of its own, padded to the pack's length."""
+    b, t = batch.tokens.shape
+    rows = [(row, batch.documents[row] == d) for row in range(b) for d in range(int(batch.documents[row].max()) + 1)]
+    out = Batch(
+        *(torch.zeros(len(rows), t, dtype=getattr(batch, k).dtype) for k in ("tokens", "labels", "weights", "positions", "documents"))
+    )
+    for i, (row, here) in enumerate(rows):
+        n = int(here.sum())
+        out.tokens[i, :n], out.labels[i, :n] = batch.tokens[row][here], batch.labels[row][here]
+        out.weights[i, :n], out.positions[i] = batch.weights[row][here], torch.arange(t)
+    return Batch(
+        out.tokens, out.labels, out.weights, out.positions, out.documents, num_trained=batch.num_trained, weight_sum=batch.weight_sum
+    )
+
+
+def test_gradient_does_not_depend_on_accumulation_or_padding():
+    """1x8, 2x4 and 8x1 rows, and the same documents unpacked and padded, give one gradient (fp64)."""
+    eight = [row for seed in range(4) for row in rows_of(packed_batch(seed))]
+    want = gradient(eight)
+    for other in ([joined(eight[:4]), joined(eight[4:])], [joined(eight)], [unpacked(row) for row in eight]):
+        for name, grad in gradient(other).items():
+            assert relative_error(grad, want[name]) <= 1e-9, name
+
+
+def bf16_steps(world: int):
+    parts = build(world, "fp32", PrecisionConfig(params="fp32", compute="bf16"))
+    optimizer = adamw(p for _, p in parts.named_parameters())
+    batches = of_rank(global_steps(1)[0], parts.mesh.dp_rank, parts.mesh.dp_size)
+    stats = train_step(parts, batches, CrossEntropy(), optimizer, max_norm=None, nonfinite=NonFinite())
+    weight = next(p for _, p in parts.named_parameters())
+    return parts.reduce_metrics(stats.metrics)["loss"], stats.grad_norm, weight.dtype
+
+
+def test_mixed_precision_is_near_fp32():
+    """bf16 compute over fp32 parameters: loss within 1%, gradient norm within 5% of fp32, parameters and their update in fp32."""
+    parts = build(1, "fp32")
+    stats = train_step(
+        parts, global_steps(1)[0], CrossEntropy(), adamw(p for _, p in parts.named_parameters()), max_norm=None, nonfinite=NonFinite()
+    )
+    loss = parts.reduce_metrics(stats.metrics)["loss"]
+    for got, norm, dtype in run_dist(bf16_steps, 2, 2):
+        assert 0 < abs(got - loss) < 1e-2 * loss  # not equal: bf16 was really used
+        assert abs(norm - stats.grad_norm) < 5e-2 * stats.grad_norm
+        assert dtype == torch.float32
+
+
+def poisoned(world: int):
+    parts = build(world, "fp32")
+    before = {name: full(p) for name, p in parts.named_parameters()}
+    optimizer = adamw(p for _, p in parts.named_parameters())
+    mine = of_rank(global_steps(1)[0], parts.mesh.dp_rank, parts.mesh.dp_size)
+    if parts.mesh.dp_rank == 1:
+        mine[0].weights[mine[0].weights > 0] = float("nan")
+    stats = train_step(parts, mine, CrossEntropy(), optimizer, max_norm=1.0, nonfinite=NonFinite(action="skip"))
+    same = all(torch.equal(full(p), before[name]) for name, p in parts.named_parameters())
+    empty = [packed_batch(i, trained=False) for i in range(2)]
+    nothing = train_step(parts, empty, CrossEntropy(), optimizer, max_norm=1.0, nonfinite=NonFinite())
+    still = all(torch.equal(full(p), before[name]) for name, p in parts.named_parameters())
+    return stats.skipped, same, nothing.skipped, still
+
+
+def test_bad_step_is_skipped_by_all_ranks_together():
+    """NaN on one rank alone: both skip, no weight moves. A step without a trained token anywhere moves nothing either."""
+    for result in run_dist(poisoned, 2, 2):
+        assert result == ("loss or gradients not finite", True, "no trained tokens", True)
+
+
+def over_ranks():
+    import torch.distributed as dist
+
+    x = torch.tensor([1.0 + dist.get_rank()], requires_grad=True)
+    y = Across(cp_group=dist.group.WORLD).over_cp(x)
+    (y * 5).sum().backward()
+    sum_forward(x, None)
+    return y.item(), x.grad.item(), agree(dist.get_rank()), keyed_seed("a", 1)
+
+
+def test_sums_over_cp_forward_only_and_ranks_agree():
+    """over_cp: forward the sum, backward the identity. agree: the largest value. The noise key is the same everywhere."""
+    assert run_dist(over_ranks, 2) == [(3.0, 5.0, 1, keyed_seed("a", 1))] * 2

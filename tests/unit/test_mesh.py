@@ -1,0 +1,49 @@
+"""Degrees against processes and model: the arithmetic is checked, and said, before anything is allocated."""
+
+import pytest
+
+from tests.helpers.tiny import tiny_llama
+from torchft.errors import ConfigError
+from torchft.parallel.mesh import ParallelConfig, check_degrees, resolve_degrees
+from torchft.parallel.pp import stage_ranges
+
+
+def problems(world: int, **degrees) -> str:
+    cfg = ParallelConfig(**degrees)
+    return "\n".join(map(str, [*cfg.check(), *check_degrees(resolve_degrees(cfg, world), tiny_llama(), cfg)]))
+
+
+def test_rest_goes_to_dp_shard():
+    """dp_shard=-1 takes the processes the other axes leave."""
+    assert resolve_degrees(ParallelConfig(tp=2, dp_replicate=2), 16) == {"pp": 1, "dp_replicate": 2, "dp_shard": 4, "cp": 1, "tp": 2}
+
+
+@pytest.mark.parametrize("world,degrees", [(6, {"tp": 4}), (2, {"dp_shard": 4}), (1, {"pp": 2})])
+def test_product_must_be_the_world(world, degrees):
+    """A product that is not the number of processes names both, and how many to start."""
+    with pytest.raises(ConfigError, match=rf"on {world} process") as error:
+        resolve_degrees(ParallelConfig(**degrees), world)
+    assert "processes" in str(error.value) and "fix" in str(error.value)
+
+
+def test_what_the_model_does_not_allow():
+    """tp that does not divide the kv heads lists the legal values; more stages than layers is refused."""
+    text = problems(4, tp=4)
+    assert "parallel.tp" in text and "num_kv_heads=2" in text and "[1, 2]" in text
+    assert "num_layers=4" in problems(5, pp=5)
+
+
+def test_untested_combinations_are_refused():
+    """A pair that no test holds equal to one process raises and says what is allowed; so does cp."""
+    assert "one of: " in problems(4, tp=2, pp=2)
+    assert "one of: " in problems(8, tp=2, dp_replicate=2)
+    assert "parallel.cp" in problems(2, cp=2)
+    assert problems(4, tp=2) == problems(4, pp=2) == problems(4, dp_replicate=2) == problems(1) == ""
+
+
+@pytest.mark.parametrize("layers,stages", [(4, 2), (7, 3), (30, 4), (5, 5)])
+def test_stages_cover_all_layers_once(layers, stages):
+    """Stages are contiguous, cover every layer once and differ by at most one layer."""
+    ranges = stage_ranges(layers, stages)
+    assert [i for r in ranges for i in r] == list(range(layers))
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
