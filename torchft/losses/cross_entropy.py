@@ -53,7 +53,7 @@ class CrossEntropy:
         )
         loss_sum = total.detach() / at.scale if at.scale else torch.zeros_like(total)
         count = torch.full_like(total, batch.weight_sum, requires_grad=False) if at.cp_group is None else batch.weights.sum().to(total)
-        return LossOut(total.reshape(1), {"loss": (loss_sum, count.detach())})
+        return LossOut(torch.stack((total,)), {"loss": (loss_sum, count.detach())})
 
 
 LOSSES = {"cross_entropy": CrossEntropy}

@@ -49,9 +49,9 @@ class Parts:
         """The batch on this process's device."""
         return batch.to(self.mesh.device)
 
-    def sum_over_dp(self, value: float) -> float:
-        """The sum over the data ranks, in fp64; cp, tp and pp peers hold the same batch and don't count."""
-        return float(self._reduce_dp(torch.tensor(value, dtype=torch.float64, device=self.mesh.device)).item())
+    def sum_over_dp(self, *values: float) -> list[float]:
+        """Each value's sum over the data ranks, in fp64; cp, tp and pp peers hold the same batch and don't count. One collective."""
+        return self._reduce_dp(torch.tensor(values, dtype=torch.float64, device=self.mesh.device)).tolist()
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, scale: float) -> Metrics:
         """Accumulates the gradients of scale * sum(loss) over this rank's micro-batches, reduced over all axes at the end.

@@ -33,7 +33,7 @@ class StepStats:
     metrics: Metrics
     count: float  # the denominator over all data ranks
     grad_norm: float  # over all axes, before clipping
-    num_tokens: int  # this rank's non-padding tokens
+    num_tokens: int  # that are no padding, over all data ranks
     skipped: str = ""  # why the weights did not move; "" if they did
 
 
@@ -44,7 +44,7 @@ def train_step(
 
     A step without any trained token on any rank moves nothing and says so in `skipped`.
     """
-    count = parts.sum_over_dp(math.fsum(map(loss.count, batches)))  # the step's one denominator
+    count, num_tokens = parts.sum_over_dp(math.fsum(map(loss.count, batches)), sum(batch.num_tokens for batch in batches))
     metrics = parts.forward_backward(batches, loss, scale=1.0 / count if count else 0.0)
     norm = float(parts.clip(max_norm).item())
     skipped = "" if count and math.isfinite(norm) else "no trained tokens" if not count else "loss or gradients not finite"
@@ -57,7 +57,7 @@ def train_step(
             f"loss or gradients are not finite\n  given:    gradient norm {norm}; samples of this rank: {ids} ...\n"
             "  expected: a finite number\n  fix:      look at these samples, lower optim.lr, or set train.nonfinite.action=skip"
         )
-    return StepStats(metrics, count, norm, sum(batch.num_tokens for batch in batches), skipped)
+    return StepStats(metrics, count, norm, int(num_tokens), skipped)
 
 
 def evaluate(parts: Parts, steps: Sequence[Sequence[Batch]], loss: Loss) -> dict[str, float]:

@@ -1,0 +1,48 @@
+"""Checks that span components, all before anything is allocated. What one component can see alone it checks itself."""
+
+from collections.abc import Iterator
+
+from torchft.data.loader import grad_accum
+from torchft.errors import ConfigError, Problem
+from torchft.models.spec import ModelSpec
+from torchft.parallel.mesh import Mesh, check_degrees
+
+
+def check_job(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
+    """Every problem of this config with this model on these processes."""
+    yield from check_degrees(mesh.degrees, spec, cfg.parallel)
+    yield from _check_lengths(cfg, spec, mesh)
+    yield from _check_batches(cfg, mesh)
+    yield from _check_validation(cfg)
+
+
+def _check_lengths(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
+    if cfg.data.seq_len > spec.max_seq_len:
+        given, most = f"{cfg.data.seq_len}", spec.max_seq_len
+        yield Problem("data.seq_len", given, f"at most the model's {most} (max_position_embeddings)", f"use data.seq_len={most} or less")
+    tp = mesh.degrees["tp"]
+    if cfg.data.seq_len % tp:
+        down = cfg.data.seq_len - cfg.data.seq_len % tp
+        yield Problem("data.seq_len", str(cfg.data.seq_len), f"a multiple of parallel.tp={tp}", f"use {down} or {down + tp}")
+
+
+def _check_batches(cfg, mesh: Mesh) -> Iterator[Problem]:
+    try:
+        count = grad_accum(cfg.train.global_batch_size, micro_batch_size=cfg.train.micro_batch_size, dp_size=mesh.dp_size)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    pp = mesh.degrees["pp"]
+    if count < pp:
+        least = pp * mesh.dp_size * cfg.train.micro_batch_size
+        expected = f"at least parallel.pp={pp} micro-batches a step, to fill the pipeline; this gives {count}"
+        yield Problem("train.global_batch_size", str(cfg.train.global_batch_size), expected, f"use {least} or a multiple of it")
+
+
+def _check_validation(cfg) -> Iterator[Problem]:
+    if (cfg.validate.every_steps or cfg.validate.at_start) and not cfg.data.validation:
+        key = "validate.every_steps" if cfg.validate.every_steps else "validate.at_start"
+        yield Problem(key, str(cfg.validate.every_steps or True), "a source in data.validation", "add data.validation.NAME.path")
+    keys = [f"val/{name}/loss" for name in cfg.data.validation]
+    if cfg.checkpoint.best_by and cfg.checkpoint.best_by not in keys:
+        yield Problem("checkpoint.best_by", cfg.checkpoint.best_by, f"one of {keys}", "name a validation source's loss")

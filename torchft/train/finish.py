@@ -1,0 +1,80 @@
+"""The end of a run: last checkpoint, the model as a HF folder, plot and summary, the exit code."""
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torchft.checkpoint.assets import Assets, read_assets
+from torchft.checkpoint.hf import save_hf
+from torchft.dist import broadcast_object
+from torchft.dtypes import DTYPES
+from torchft.errors import Problem
+from torchft.log import get_logger
+from torchft.metrics.plot import plot_run
+from torchft.metrics.rows import read_rows
+from torchft.metrics.summary import summarise, summary_text, write_summary
+from torchft.train.run import STOPPED, Run
+from torchft.train.setup import Job
+
+log = get_logger(__name__)
+
+
+@dataclass
+class ExportConfig:
+    hf: bool = True  # at the end write export/step_N, a folder that transformers and servers load
+    dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; null: as precision.params
+    shard_size: str = "5GB"  # largest weights file, in MB or GB
+
+    def check(self) -> Iterator[Problem]:
+        if not re.fullmatch(r"[1-9][0-9]*(MB|GB)", self.shard_size):
+            yield Problem("export.shard_size", self.shard_size, "a whole number of MB or GB", "use e.g. 5GB")
+
+    @property
+    def shard_bytes(self) -> int:
+        return int(self.shard_size[:-2]) * {"MB": 10**6, "GB": 10**9}[self.shard_size[-2:]]
+
+
+def finish_run(cfg, run: Run, job: Job) -> int:
+    """Saves and, unless the run was asked to stop, exports; writes plots/ and summary.json; the process's exit code."""
+    job.loader.close()
+    if run.stopped or cfg.checkpoint.save_at_end:
+        job.store.save(run.step, required=True)
+    if cfg.export.hf and not run.stopped:
+        folder = broadcast_object(export_folder(run.folder / "export", run.step))  # rank 0's choice
+        export_hf(cfg, job, folder)
+        log.info("exported %s", folder)
+    if run.world.rank == 0:
+        report(run, job)
+    run.close()
+    return STOPPED if run.stopped else 0
+
+
+def export_folder(parent: Path, step: int) -> Path:
+    """Where the model of `step` goes; an export of an earlier try of the same step is left alone, beside it."""
+    names = (f"step_{step:08d}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+def export_hf(cfg, job: Job, folder: Path) -> None:
+    """The model with tokenizer and chat template, complete, on all ranks together."""
+    tokenizer = cfg.tokenizer.path or cfg.model.path
+    assets = read_assets(tokenizer) if tokenizer else Assets()
+    if cfg.tokenizer.template != "auto":
+        assets = assets.with_template(job.text.template.source)
+    dtype = DTYPES[cfg.export.dtype] if cfg.export.dtype else None
+    save_hf(folder, job.spec, job.parts.named_parameters(), assets, dtype=dtype, shard_bytes=cfg.export.shard_bytes)
+
+
+def report(run: Run, job: Job) -> None:
+    """plots/loss.svg and summary.json from metrics.jsonl, and the summary on the console. For rank 0."""
+    rows = read_rows(run.folder / "metrics.jsonl")
+    saved = sorted(path.name for path in (run.folder / "checkpoints").glob("step_*") if path.is_dir())
+    summary = summarise(rows, run_dir=run.folder, wall_s=time.monotonic() - run.started, skipped=run.skipped_steps, checkpoints=saved)
+    write_summary(run.folder / "summary.json", summary)
+    print(summary_text(summary), flush=True)
+    if rows:
+        (run.folder / "plots").mkdir(exist_ok=True)
+        plot_run(run.folder / "plots" / "loss.svg", rows, title=run.folder.name)

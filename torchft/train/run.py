@@ -1,0 +1,178 @@
+"""A run: its processes and mesh, its folder, what it says, and how it stops. `Run(cfg)` at the start of a recipe, `close` at its end.
+
+    output_dir/{config.yaml, run.json, lock, metrics.jsonl, events.jsonl, summary.json, plots/, checkpoints/, export/}
+
+The loop stands in the recipe; `steps` counts and times it and ends it early, on all ranks at the same step, when any rank was asked
+to stop (SIGTERM, Ctrl-C).
+"""
+
+import hashlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchft import __version__, dist, log
+from torchft.config.show import config_dict, save_config
+from torchft.errors import ConfigError, NumericError, TorchftError
+from torchft.metrics.flops import flops_per_token, mfu, peak_tflops
+from torchft.metrics.memory import peak_gib
+from torchft.metrics.meters import StepMeter
+from torchft.metrics.rows import train_row
+from torchft.metrics.sinks import Sinks, build_sinks
+from torchft.models.spec import ModelSpec
+from torchft.parallel.mesh import build_mesh, resolve_degrees
+from torchft.parallel.parts import Parts
+from torchft.train.lock import take_lock
+from torchft.train.step import StepStats
+
+logger = log.get_logger(__name__)
+
+STOPPED = 75  # exit code: asked to stop, and saved
+
+
+class Run:
+    """What a recipe's loop reports to. `step` is the last finished step."""
+
+    def __init__(self, cfg):
+        """cfg: a recipe's config. Joins the process group, builds the mesh, locks output_dir and writes config.yaml and run.json."""
+        log.setup(int(dist.environment("RANK", "0")))
+        self.cfg = cfg
+        self.world = dist.init_world(cfg.device, cfg.parallel.timeout_s)
+        if cfg.precision.is_mixed:
+            dist.ensure_group(self.world)
+        torch.set_float32_matmul_precision(cfg.precision.matmul)
+        self.mesh = build_mesh(resolve_degrees(cfg.parallel, self.world.size), self.world.device)
+        self.folder = Path(cfg.output_dir)
+        self.config_hash = hashlib.sha256(json.dumps(config_dict(cfg), sort_keys=True, default=str).encode()).hexdigest()
+        self.started = time.monotonic()
+        self.step, self.tokens_total, self.skipped_steps, self._skipped_in_row = 0, 0, 0, 0
+        self.sinks, self.meter = Sinks({}), StepMeter(0)
+        self._claim_folder()
+        self._stop_asked = False
+        self.stopped = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
+
+    def begin(self, spec: ModelSpec, parts: Parts, *, num_steps: int, seq_len: int) -> None:
+        """Opens the sinks, once the number of steps and the step to go on from are known."""
+        self.parts = parts
+        self.meter = StepMeter(num_steps, tokens_total=self.tokens_total)
+        self.sinks = build_sinks(self.cfg.metrics, self.folder, num_steps=num_steps, resumed_step=self.step)
+        peak = self.cfg.metrics.peak_tflops or peak_tflops(self.world.device)
+        flops = flops_per_token(spec, seq_len)
+        self._mfu: Callable[[float], float | None] = lambda rate: mfu(rate, flops, self.world.size, peak)
+        left = f"steps {self.step + 1} to {num_steps}" if self.step < num_steps else f"all {num_steps} steps are done"
+        logger.info("%s on %s, %s", left, self.mesh.describe(), self.world.device.type)
+
+    def steps(self, last: int) -> Iterator[int]:
+        """The numbers of the steps still to make, each timed until `log`; ends early, `stopped`, on all ranks together."""
+        while self.step < last and not self.stopped:
+            self.meter.start()
+            yield self.step + 1
+            self.step += 1
+            self.stopped = bool(dist.agree(self._stop_asked))
+        if self.stopped:
+            self.sinks.event("stopped", self.step, reason="signal")
+
+    def log(self, step: int, stats: StepStats, lr: float) -> None:
+        """Counts the step and, when due, writes its row. Raises NumericError after too many skipped steps in a row."""
+        self.tokens_total += stats.num_tokens
+        due = step % self.cfg.metrics.every_steps == 0
+        loss = self.parts.reduce_metrics(stats.metrics)["loss"] if due else 0.0  # waits for the device
+        timing = self.meter.stop(step, stats.num_tokens)
+        if due:
+            row = train_row(
+                step=step,
+                time=timing.time,
+                loss=loss,
+                lr=lr,
+                grad_norm=stats.grad_norm,
+                tokens=timing.tokens,
+                tokens_total=timing.tokens_total,
+                tokens_per_s=timing.tokens_per_s,
+                mfu=self._mfu(timing.tokens_per_s),
+                memory_gib=peak_gib(self.world.device),
+                data_wait_s=timing.data_wait_s,
+            )
+            self.sinks.write(row, timing.eta_s)
+        self._count_skip(step, stats)
+
+    def log_validation(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Writes the row of a validation after `step` (0: before the first); the metrics as named there, val/<name>/loss."""
+        named = {f"val/{key}": value for key, value in metrics.items()}
+        self.sinks.write({"step": step, "time": time.time(), **named})
+        return named
+
+    def counters(self) -> dict[str, Any]:
+        """This run's part of a checkpoint's state.json."""
+        return {"tokens": self.tokens_total, "counters": {"skipped_steps": self.skipped_steps, "skipped_in_row": self._skipped_in_row}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's state.json."""
+        self.step, self.tokens_total = state["step"], state["tokens"]
+        self.skipped_steps, self._skipped_in_row = (state["counters"][key] for key in ("skipped_steps", "skipped_in_row"))
+        logger.info("resumed at step %d, %d tokens", self.step, self.tokens_total)
+
+    def close(self) -> None:
+        """Closes the sinks and gives the folder back."""
+        self.sinks.close()
+        if self.world.rank == 0:
+            (self.folder / "lock").unlink(missing_ok=True)
+
+    def _count_skip(self, step: int, stats: StepStats) -> None:
+        self._skipped_in_row = self._skipped_in_row + 1 if stats.skipped else 0
+        if not stats.skipped:
+            return
+        self.skipped_steps += 1
+        self.sinks.event("skipped", step, reason=stats.skipped)
+        limit = self.cfg.train.nonfinite.max_in_row
+        if self._skipped_in_row >= limit:
+            raise NumericError(
+                f"{limit} skipped steps in a row\n  given:    {stats.skipped} at step {step}\n  expected: fewer than "
+                f"train.nonfinite.max_in_row={limit}\n  fix:      look at the data and optim.lr; the last checkpoint is from before"
+            )
+
+    def _claim_folder(self) -> None:
+        """Rank 0 locks the folder and writes what the run is; all ranks learn whether that went well."""
+        problem = None
+        if self.world.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                take_lock(self.folder / "lock")
+                save_config(self.cfg, self.folder / "config.yaml")
+                facts = {"versions": {"torchft": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}}
+                facts |= {"mesh": self.mesh.degrees, "device": self.world.device.type, "command": sys.argv, "started": time.time()}
+                (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            except (OSError, TorchftError) as error:
+                problem = str(error)
+        problem = dist.broadcast_object(problem)
+        if problem:
+            raise ConfigError(f"output_dir={self.cfg.output_dir} can't be used\n  given:    {problem}")
+
+    def _ask_to_stop(self, number: int, frame: object) -> None:
+        if self._stop_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._stop_asked = True
+        logger.warning("%s: saving and stopping after this step", signal.Signals(number).name)
+
+
+def run_recipe(main: Callable[[list[str]], int]) -> None:
+    """Runs a recipe's main(argv) -> exit code as a program: a user's error is printed without a traceback, and the process ends
+    with its exit code (docs/config.md has the table)."""
+    rank = int(dist.environment("RANK", "0"))
+    try:
+        code = main(sys.argv[1:])
+    except TorchftError as error:
+        whole = f"{type(error).__name__}: {error}"
+        if rank == 0 or not isinstance(error, ConfigError):  # every rank sees the same config
+            print(whole if rank == 0 else f"[rank {rank}] {whole.splitlines()[0]}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    dist.shutdown(code)
