@@ -53,23 +53,23 @@ class Config:
 def main(argv: list[str]) -> int:
     """Trains as the command line says; the exit code."""
     cfg = load_config(Config, argv, description=__doc__ or "")
-    run = Run(cfg)
-    job = build_job(cfg, run)
-    if cfg.validate.at_start and run.step == 0:
-        run.log_validation(0, job.validate())
+    with Run(cfg) as run:
+        job = build_job(cfg, run)
+        if cfg.validate.at_start and run.step == 0:
+            run.log_validation(0, job.validate())
 
-    for step in run.steps(last=job.num_steps):
-        lr = job.schedule(step)
-        set_lr(job.optimizer, lr)
-        with run.meter.waiting():
-            batches = job.loader.next_step()
-        stats = train_step(job.parts, batches, job.loss, job.optimizer, max_norm=cfg.optim.max_norm, nonfinite=cfg.train.nonfinite)
-        run.log(step, stats, lr)
-        if cfg.validate.is_due(step, last=job.num_steps):
-            job.store.note_metric(step, run.log_validation(step, job.validate()))
-        job.store.save_if_due(step)
+        for step in run.steps(last=job.num_steps):
+            lr = job.schedule(step)
+            set_lr(job.optimizer, lr)
+            with run.meter.waiting():
+                batches = job.loader.next_step()
+            stats = train_step(job.parts, batches, job.loss, job.optimizer, max_norm=cfg.optim.max_norm, nonfinite=cfg.train.nonfinite)
+            run.log(step, stats, lr)
+            if cfg.validate.is_due(step, last=job.num_steps):
+                job.store.note_metric(step, run.log_validation(step, job.validate()))
+            job.store.save_if_due(step)
 
-    return finish_run(cfg, run, job)
+        return finish_run(cfg, run, job)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ def finish_run(cfg, run: Run, job: Job) -> int:
         log.info("exported %s", folder)
     if run.world.rank == 0:
         report(run, job)
-    run.close()
     return STOPPED if run.stopped else 0
 
 

@@ -1,4 +1,4 @@
-"""A run: its processes and mesh, its folder, what it says, and how it stops. `Run(cfg)` at the start of a recipe, `close` at its end.
+"""A run: its processes and mesh, its folder, what it says, and how it stops. `with Run(cfg) as run:` holds a recipe's body.
 
     output_dir/{config.yaml, run.json, lock, metrics.jsonl, events.jsonl, summary.json, plots/, checkpoints/, export/}
 
@@ -119,8 +119,11 @@ class Run:
         self.skipped_steps, self._skipped_in_row = (state["counters"][key] for key in ("skipped_steps", "skipped_in_row"))
         logger.info("resumed at step %d, %d tokens", self.step, self.tokens_total)
 
-    def close(self) -> None:
-        """Closes the sinks and gives the folder back."""
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes the sinks and gives the folder back, whatever happened."""
         self.sinks.close()
         if self.world.rank == 0:
             (self.folder / "lock").unlink(missing_ok=True)

@@ -6,9 +6,9 @@ Nothing is allocated before every check has passed. A recipe's loop then uses th
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 
@@ -124,15 +124,13 @@ def build_job(cfg, run: Run) -> Job:
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     loader = build_loader(train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
-    num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
-    schedule = build_schedule(cfg.schedule, cfg.optim.lr, num_steps)
-    schedule_state = {"name": cfg.schedule.name, "num_steps": num_steps, "lr": cfg.optim.lr}
+    saved: dict[str, Any] = {}  # filled below; the store asks for it at each save
     store = Store(
         run.folder / "checkpoints",
         parts,
         optimizer,
         cfg.checkpoint,
-        extra_state=lambda: {**run.counters(), "loader": loader.state(), "schedule": schedule_state},
+        extra_state=lambda: {**run.counters(), "loader": loader.state(), **saved},
         config_hash=run.config_hash,
         mesh=mesh.degrees,
     )
@@ -142,8 +140,23 @@ def build_job(cfg, run: Run) -> Job:
     else:
         loader.load_state(state["loader"])
         run.restore(state)
+    num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
+    saved["schedule"] = {**asdict(cfg.schedule), "lr": cfg.optim.lr, "num_steps": num_steps}
+    if state is not None:
+        _check_schedule(saved["schedule"], state["schedule"])
+    schedule = build_schedule(cfg.schedule, cfg.optim.lr, num_steps)
     run.begin(spec, parts, num_steps=num_steps, seq_len=cfg.data.seq_len)
     return Job(spec, text, parts, build_loss(cfg.loss), optimizer, schedule, loader, store, rows, cfg.data, validation, num_steps)
+
+
+def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
+    """A resumed run keeps its learning-rate curve: another one would bend it in the middle, in silence."""
+    changed = {key: (value, saved.get(key)) for key, value in given.items() if key != "allow_change" and value != saved.get(key)}
+    if changed and not given["allow_change"]:
+        fix = "keep the checkpoint's values, or set schedule.allow_change=true to bend the curve from here on"
+        raise ConfigError(
+            Problem(f"schedule ({key})", str(new), f"{old}, as in the checkpoint", fix) for key, (new, old) in changed.items()
+        )
 
 
 def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:

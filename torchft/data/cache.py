@@ -1,0 +1,258 @@
+"""The tokenised cache: each source is tokenised once, by all ranks, into a folder of memory-mapped arrays that later runs reuse.
+
+    records 0..n-1 --a slice per rank--> encode, truncate --> parts --joined in order--> <name>-<key>/
+
+    ids.npy (tokens,) int32      weights.npy (tokens,) float32, or uint8 if all are 0 or 1      indices.npy (samples,) int64: record numbers
+    offsets.npy (samples + 1,) int64: sample i is ids[offsets[i]:offsets[i + 1]]                meta.json: key, counts, hash of the arrays
+
+The folder is named by all that decides the tokens, so a changed template or length never reads old tokens; the number of ranks that
+built it changes no byte. What was dropped or truncated is counted and said.
+"""
+
+import hashlib
+import json
+import re
+import uuid
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+import torchft
+from torchft import dist
+from torchft.data.shared_build import Beat, SharedBuild, is_whole
+from torchft.data.types import Encoded
+from torchft.errors import DataError
+
+VERSION = 1  # of the folder's layout
+FILES = ("ids", "weights", "offsets", "indices")
+CHUNK = 2**22  # entries copied at once when parts are joined
+
+
+class Records(Protocol):
+    """A source of raw records that can be read from any place."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, lo: int, hi: int) -> Iterator[tuple[int, dict, str]]:
+        """(index, record, "file:line") for lo <= index < hi."""
+        ...
+
+
+Encode = Callable[[dict, str], Encoded | None]  # None: nothing to train on
+Truncate = Callable[[Encoded, str], Encoded | None]  # to data.seq_len by data.truncation; None: dropped
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """All that decides a source's tokens. Caches with equal keys hold equal arrays."""
+
+    source: str  # digest of the files' contents
+    format: str  # record format and its options
+    tokenizer: str  # digest
+    template: str  # digest
+    seq_len: int
+    truncation: str
+
+    @property
+    def digest(self) -> str:
+        """Names the folder; a new release of this package tokenises anew."""
+        parts = {**asdict(self), "layout": VERSION, "torchft": torchft.__version__}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Counts:
+    """What became of a source's records."""
+
+    total: int = 0
+    kept: int = 0
+    untrained: int = 0  # dropped: no trained token even at full length
+    too_long: int = 0  # dropped by truncation, or no trained token left after it
+    truncated: int = 0  # kept, but shortened
+    tokens: int = 0  # of kept samples
+    trained: int = 0  # trained tokens of kept samples
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """One source's tokenised samples. The arrays may be memory-mapped: nothing is read before it is asked for."""
+
+    name: str
+    hash: str  # of the arrays: equal hash, equal data in equal order
+    key: CacheKey
+    counts: Counts
+    ids: np.ndarray  # (tokens,) int32
+    weights: np.ndarray  # (tokens,) float32 or uint8
+    offsets: np.ndarray  # (samples + 1,) int64
+    indices: np.ndarray  # (samples,) int64
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def lengths(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens of each of these samples: (k,) int64 -> (k,) int64."""
+        return self.offsets[samples + 1] - self.offsets[samples]
+
+    def sample(self, i: int) -> Encoded:
+        """Sample i, copied out of the map."""
+        lo, hi = int(self.offsets[i]), int(self.offsets[i + 1])
+        return Encoded(np.array(self.ids[lo:hi]), self.weights[lo:hi].astype(np.float32))
+
+    def summary(self) -> str:
+        """One line: what is in it, and what was left out."""
+        c = self.counts
+        line = f"{self.name}: {c.kept} of {c.total} samples, {c.tokens} tokens, {c.trained} trained"
+        left_out = {"dropped as too long": c.too_long, "dropped without trained tokens": c.untrained, "truncated": c.truncated}
+        return "; ".join([line, *(f"{n} {what}" for what, n in left_out.items() if n)])
+
+
+def build_cache(
+    folder: str | Path,
+    records: Records,
+    encode: Encode,
+    key: CacheKey,
+    *,
+    truncate: Truncate | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    run: str | None = None,
+    max_dropped_share: float = 1.0,
+    timeout_s: float = 600.0,
+    report: Callable[[str], None] = print,
+) -> TokenCache:
+    """The cache of `records` under `folder`, tokenised by all ranks unless it is there already. Call it on every rank.
+
+    run: a word shared by this run's ranks and by no other run; None: rank 0 of the process group makes one up.
+    max_dropped_share: an error if a larger share of the samples was dropped. timeout_s: an error after so long without progress on
+    any rank. report: gets progress lines and the summary, on rank 0 only. Raises DataError, the same on every rank.
+    """
+    assert run or world_size == dist.world_size(), f"without a process group of {world_size} the ranks need a common `run`"
+    run = run or dist.broadcast_object(uuid.uuid4().hex)
+    final = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', records.name)[-64:]}-{key.digest[:16]}"
+    tell = report if rank == 0 else None
+    if not is_whole(final):
+        n = len(records)
+        lo, hi = n * rank // world_size, n * (rank + 1) // world_size
+        label = f"tokenising {records.name}"
+        build = SharedBuild(final, run, label=label, total=n, rank=rank, world_size=world_size, timeout_s=timeout_s, report=tell)
+        build.run(
+            lambda part, beat: _write_part(part, records.read(lo, hi), encode, truncate, beat),
+            lambda parts, out, beat: _join_parts(parts, out, records.name, key, beat),
+        )
+    cache = open_cache(final)
+    if tell:
+        tell(cache.summary())
+    if cache.counts.total - cache.counts.kept > max_dropped_share * cache.counts.total:
+        raise DataError(_dropped_message(cache.name, cache.counts, key, f" (data.max_dropped_share={max_dropped_share:g})"))
+    return cache
+
+
+def open_cache(folder: Path) -> TokenCache:
+    """A published cache. Raises DataError if it is damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in FILES}
+        counts = Counts(**meta["counts"])
+        sizes = {name: len(x) for name, x in arrays.items()}
+        expected = {"ids": counts.tokens, "weights": counts.tokens, "offsets": counts.kept + 1, "indices": counts.kept}
+        if sizes != expected:
+            raise ValueError(f"sizes {sizes}, expected {expected}")
+        return TokenCache(name=meta["name"], hash=meta["hash"], key=CacheKey(**meta["key"]), counts=counts, **arrays)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: damaged cache ({error}): delete this folder, it is built again from the source") from error
+
+
+def _write_part(part: Path, rows: Iterator[tuple[int, dict, str]], encode: Encode, truncate: Truncate | None, beat: Beat) -> None:
+    """Tokenises a slice into raw arrays: a part is read back by this run alone."""
+    counts, lengths, indices, binary = Counts(), array("q"), array("q"), True
+    with open(part / "ids", "wb") as ids, open(part / "weights", "wb") as weights:
+        for index, record, where in rows:
+            beat(counts.total)
+            sample = _keep(encode(record, where), truncate, where, counts)
+            if sample is not None:
+                ids.write(sample.ids.astype(np.int32).tobytes())
+                weights.write(sample.weights.astype(np.float32).tobytes())
+                lengths.append(len(sample.ids))
+                indices.append(index)
+                binary = binary and bool(((sample.weights == 0) | (sample.weights == 1)).all())
+    beat(counts.total)
+    (part / "lengths").write_bytes(lengths.tobytes())
+    (part / "indices").write_bytes(indices.tobytes())
+    (part / "counts.json").write_text(json.dumps({"counts": asdict(counts), "binary": binary}))
+
+
+def _keep(whole: Encoded | None, truncate: Truncate | None, where: str, counts: Counts) -> Encoded | None:
+    """The sample as it is kept, or None; counts what happened to it."""
+    counts.total += 1
+    if whole is None or not _num_trained(whole):
+        counts.untrained += 1
+        return None
+    sample = truncate(whole, where) if truncate else whole
+    if sample is None or not _num_trained(sample):
+        counts.too_long += 1
+        return None
+    counts.kept += 1
+    counts.truncated += len(sample.ids) < len(whole.ids)
+    counts.tokens += len(sample.ids)
+    counts.trained += _num_trained(sample)
+    return sample
+
+
+def _num_trained(sample: Encoded) -> int:
+    """The first token of a document is never predicted, so its weight does not count."""
+    assert len(sample.ids) == len(sample.weights), f"{len(sample.ids)=} {len(sample.weights)=}"
+    return int(np.count_nonzero(sample.weights[1:]))
+
+
+def _join_parts(parts: list[Path], out: Path, name: str, key: CacheKey, beat: Beat) -> None:
+    """The parts in order as one cache. Raises DataError if there is nothing to train on."""
+    notes = [json.loads((part / "counts.json").read_text()) for part in parts]
+    counts = sum((Counts(**note["counts"]) for note in notes), Counts())
+    if counts.kept == 0:
+        raise DataError(_dropped_message(name, counts, key))
+    share = Counts(**notes[0]["counts"]).total  # of rank 0, whose beat this is
+    digest = hashlib.blake2b(digest_size=16)
+    weights = np.uint8 if all(note["binary"] for note in notes) else np.float32
+    for field, given, stored in (("ids", np.int32, np.int32), ("weights", np.float32, weights), ("indices", np.int64, np.int64)):
+        size = counts.kept if field == "indices" else counts.tokens
+        header = {"descr": np.dtype(stored).str, "fortran_order": False, "shape": (size,)}
+        with open(out / f"{field}.npy", "wb") as file:  # not through a memory map, which on a full disk kills the process
+            np.lib.format.write_array_header_1_0(file, header)
+            for chunk in _chunks([part / field for part in parts], given):
+                data = chunk.astype(stored).tobytes()
+                digest.update(data)
+                file.write(data)
+                beat(share)
+    lengths = np.concatenate([np.fromfile(part / "lengths", np.int64) for part in parts])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])  # (samples + 1,) int64
+    digest.update(offsets)
+    np.save(out / "offsets.npy", offsets)
+    meta = {"name": name, "hash": digest.hexdigest(), "key": asdict(key), "counts": asdict(counts)}
+    (out / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _chunks(files: list[Path], dtype: type) -> Iterator[np.ndarray]:
+    for path in files:
+        with open(path, "rb") as file:
+            while len(chunk := np.fromfile(file, dtype, CHUNK)):
+                yield chunk
+
+
+def _dropped_message(name: str, counts: Counts, key: CacheKey, limit: str = "") -> str:
+    if counts.total == 0:
+        return f"{name}: no samples: expected at least one; check the source's path and format"
+    dropped = f"{counts.total - counts.kept} of" if counts.kept else "all"
+    return (
+        f"{name}: {dropped} {counts.total} samples were dropped{limit}: {counts.too_long} truncated away at data.seq_len={key.seq_len} "
+        f"(data.truncation={key.truncation}), {counts.untrained} without trained tokens. Raise data.seq_len or choose another "
+        "data.truncation; for samples without trained tokens check the source's format and the template"
+    )

@@ -1,0 +1,250 @@
+"""The loader: this data rank's part of each step of the global order. One cursor, the same on all ranks, is its whole state.
+
+    step     the next global_batch_size packs of the order, never across an epoch's end
+    rank r   in micro-batch m: the step's packs from (m * dp_size + r) * micro_batch_size on, micro_batch_size of them
+
+So which samples a step trains on does not depend on dp_size, micro_batch_size or prefetching, and a state saved by one world size is
+right for any other. An epoch's last step takes what is left and is filled up with rows of weight 0: all ranks always have the same
+number of micro-batches, all of the same length.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import numpy as np
+from torch import Tensor
+
+from torchft.batch import Batch, SampleId
+from torchft.data.cache import TokenCache
+from torchft.data.collate import collate
+from torchft.data.order import VERSION, Cursor, Order
+from torchft.data.sources import SourceConfig
+from torchft.data.tokenize import Truncation
+from torchft.errors import CheckpointError, ConfigError, Problem
+
+
+@dataclass
+class DataConfig:
+    """Section `data`: what is trained and validated on, and in which order."""
+
+    train: list[SourceConfig] = field(default_factory=list)  # training sources, one after the other
+    validation: dict[str, SourceConfig] = field(default_factory=dict)  # validation sources by name
+    seq_len: int = 2048  # tokens in a row; longer samples are handled by `truncation`
+    packing: bool = True  # several samples share a row, without seeing each other; false: one sample a row, padded
+    truncation: Truncation = "error"  # samples longer than seq_len: error | drop | left (keeps the end) | right (keeps the start)
+    max_dropped_share: float = 0.5  # stop if a larger share of a source's samples is dropped
+    shuffle: bool = True  # a new order in each epoch; false: the files' order
+    window: int = 4096  # samples from which packs are made at once
+    seed: int | None = None  # of the order; null: the run's seed
+    workers: int = 1  # threads that prepare the next step's batches: 0 or 1
+    cache: str = ".cache/tokens"  # folder of tokenised sources, seen by all processes
+
+    def check(self) -> Iterator[Problem]:
+        if not self.train:
+            yield Problem("data.train", "no source", "at least one source", "add one, e.g. data.train=[{path: train.jsonl}]")
+        if self.seq_len < 2:
+            yield Problem("data.seq_len", str(self.seq_len), "at least 2", "use the length of your samples in tokens")
+        if not 0 <= self.max_dropped_share <= 1:
+            yield Problem("data.max_dropped_share", str(self.max_dropped_share), "a share from 0 to 1", "use e.g. 0.5")
+        if self.window < 1:
+            yield Problem("data.window", str(self.window), "at least 1", "use 4096")
+        if self.workers not in (0, 1):
+            yield Problem("data.workers", str(self.workers), "0 or 1", "use 1")
+
+
+def grad_accum(global_batch_size: int, *, micro_batch_size: int, dp_size: int) -> int:
+    """Micro-batches of a step on each data rank. Raises ConfigError if global_batch_size can't be dealt out evenly."""
+    at_once = dp_size * micro_batch_size
+    if global_batch_size > 0 and at_once > 0 and global_batch_size % at_once == 0:
+        return global_batch_size // at_once
+    given = f"{global_batch_size} with train.micro_batch_size={micro_batch_size} on {dp_size} data-parallel ranks"
+    below, above = global_batch_size // max(1, at_once) * at_once, (global_batch_size // max(1, at_once) + 1) * at_once
+    fix = f"use train.global_batch_size={' or '.join(str(size) for size in (below, above) if size > 0)}"
+    rows = global_batch_size // dp_size if global_batch_size % dp_size == 0 else 0
+    legal = [size for size in range(1, rows + 1) if rows % size == 0]
+    if legal:
+        fix += f", or train.micro_batch_size={' or '.join(map(str, legal))}"
+    expected = f"a positive multiple of {dp_size} ranks x {micro_batch_size} rows = {at_once}"
+    raise ConfigError(Problem("train.global_batch_size", given, expected, fix))
+
+
+class Loader:
+    """This data rank's micro-batches, step after step, for as many epochs as asked for.
+
+    multiple_of: row lengths are multiples of it (the parallel layout's demand). prefetch: one thread makes the next step's batches
+    meanwhile; it changes neither order nor state. pin_memory: for CUDA. Raises ConfigError if the sizes don't fit each other.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[TokenCache],
+        *,
+        seq_len: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        seed: int = 0,
+        packing: bool = True,
+        shuffle: bool = True,
+        window: int = 4096,
+        pad_id: int = 0,
+        multiple_of: int = 1,
+        prefetch: bool = False,
+        pin_memory: bool = False,
+    ):
+        assert caches and all(len(cache) and cache.key.seq_len <= seq_len for cache in caches), "build the caches for this seq_len"
+        self.grad_accum = grad_accum(global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size)
+        if packing and seq_len % multiple_of:
+            lower, upper = seq_len // multiple_of * multiple_of, _round_up(seq_len, multiple_of)
+            expected = f"a multiple of {multiple_of} with packing, so that a row can be split by the parallel layout"
+            raise ConfigError(Problem("data.seq_len", str(seq_len), expected, f"use {lower or upper} or {upper}"))
+        self.order = Order(caches, seq_len=seq_len, packing=packing, shuffle=shuffle, window=window, seed=seed)
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.pad_id, self.multiple_of, self.pin_memory = pad_id, multiple_of, pin_memory
+        self.cursor = self.order.start()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
+        self._ahead: Future[tuple[list[Batch], Cursor]] | None = None
+
+    def next_step(self) -> list[Batch]:
+        """grad_accum micro-batches of (micro_batch_size, t); t is the same for all of them, on all ranks."""
+        ahead, self._ahead = self._ahead, None
+        batches, self.cursor = ahead.result() if ahead else self._make(self.cursor)
+        if self._pool:
+            self._ahead = self._pool.submit(self._make, self.cursor)
+        return batches
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        """Plans the whole epoch when first asked for (with packing: seconds per million samples)."""
+        return -(-self.order.num_packs(epoch, self.order.num_windows) // self.global_batch_size)
+
+    def num_steps(self, epochs: float) -> int:
+        """The number of the step, counted from the run's first, that completes `epochs` passes: the steps made so far and those
+        still to make, so it holds after a resume with another global_batch_size as well. A part of an epoch is rounded up."""
+        cursor, step = self.cursor, self.cursor.step
+        done = self.order.num_packs(cursor.epoch, cursor.window) + cursor.pack
+        for epoch in range(cursor.epoch, math.ceil(epochs)):
+            packs = self.order.num_packs(epoch, self.order.num_windows) * min(1.0, epochs - epoch)
+            step += max(0, math.ceil((packs - done) / self.global_batch_size - 1e-9))
+            done = 0
+        return step
+
+    def state(self) -> dict:
+        """The state after the last step that next_step returned, as JSON: global, the same on every rank."""
+        c = self.cursor
+        sources = [
+            {"name": cache.name, "hash": cache.hash, "key": asdict(cache.key), "epoch": c.epoch, "taken": c.taken[i], "tokens": c.tokens[i]}
+            for i, cache in enumerate(self.order.caches)
+        ]
+        where = {"epoch": c.epoch, "window": c.window, "pack": c.pack, "step": c.step}
+        plan = {"plan_hash": self.order.hash(), "plan": self.order.settings()}
+        return {"version": VERSION, "seed": self.order.seed, **where, **plan, "sources": sources, "streams": None}
+
+    def load_state(self, state: dict) -> None:
+        """Continues behind that state's last step, whatever dp_size, micro_batch_size and global_batch_size are now.
+
+        Raises CheckpointError, with a table of the differences, if this loader's order is not the one the state belongs to.
+        """
+        try:
+            if state["version"] != VERSION or state["plan_hash"] != self.order.hash():
+                raise CheckpointError(_difference(self.state(), state))
+            taken, tokens = (tuple(int(source[key]) for source in state["sources"]) for key in ("taken", "tokens"))
+            where = {key: int(state[key]) for key in ("epoch", "window", "pack", "step")}
+            cursor = Cursor(**where, taken=taken, tokens=tokens)
+            if not self.order.has(cursor):
+                raise ValueError(f"{cursor} is outside of the data's order")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint's loader state can't be read: {error!r}; take another checkpoint") from error
+        self.cursor = cursor
+        self._ahead = None
+
+    def close(self) -> None:
+        """Ends the prefetching thread."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _make(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
+        """A pure function of the cursor, so it may run ahead in a thread."""
+        packs, after = self.order.take(cursor, self.global_batch_size)
+        t = self.order.seq_len
+        if not self.order.packing:
+            t = _round_up(int(self.order.lengths(np.concatenate(packs)).max()), self.multiple_of)
+        batches = []
+        for m in range(self.grad_accum):
+            first = (m * self.dp_size + self.dp_rank) * self.micro_batch_size
+            mine = packs[first : first + self.micro_batch_size]
+            batches.append(self._collate(mine + [np.empty(0, np.int64)] * (self.micro_batch_size - len(mine)), cursor.epoch, t))
+        return batches, after
+
+    def _collate(self, packs: list[np.ndarray], epoch: int, t: int) -> Batch:
+        rows, ids = [], []
+        for pack in packs:
+            caches = [(self.order.caches[source], int(place)) for source, place in zip(*self.order.locate(pack), strict=True)]
+            rows.append([cache.sample(place) for cache, place in caches])
+            ids.append([SampleId(cache.name, epoch, int(cache.indices[place])) for cache, place in caches])
+        batch = collate(rows, ids, t=t, pad_id=self.pad_id, epoch=epoch)
+        if not self.pin_memory:
+            return batch
+        tensors = {f.name: value.pin_memory() for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
+        return replace(batch, **tensors)
+
+
+def evaluation_steps(
+    caches: Sequence[TokenCache],
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    packing: bool = True,
+    window: int = 4096,
+    pad_id: int = 0,
+    multiple_of: int = 1,
+    num_micro_batches: int = 1,
+    pin_memory: bool = False,
+) -> Iterator[list[Batch]]:
+    """One pass in the files' order; all ranks get the same number of steps of num_micro_batches (a pipeline wants several)."""
+    loader = Loader(
+        caches,
+        seq_len=seq_len,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=micro_batch_size * dp_size * num_micro_batches,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        packing=packing,
+        shuffle=False,
+        window=window,
+        pad_id=pad_id,
+        multiple_of=multiple_of,
+        pin_memory=pin_memory,
+    )
+    while loader.cursor.epoch == 0:
+        yield loader.next_step()
+
+
+def _round_up(size: int, multiple_of: int) -> int:
+    return -(-size // multiple_of) * multiple_of
+
+
+def _difference(given: dict, saved: dict) -> str:
+    """Which parts of the order differ, each as given / expected."""
+    pairs = [("data version", given["version"], saved["version"]), ("data.seed", given["seed"], saved["seed"])]
+    pairs += [(f"data.{key}", value, saved["plan"].get(key)) for key, value in given["plan"].items()]
+    ours, theirs = given["sources"], saved["sources"]
+    pairs.append(("number of sources", len(ours), len(theirs)))
+    for mine, other in zip(ours, theirs, strict=False):
+        if mine["hash"] != other["hash"]:
+            parts = [(f"{mine['name']}: {key}", mine["key"][key], other["key"].get(key)) for key in mine["key"]]
+            parts = [part for part in parts if part[1] != part[2]]
+            pairs += parts or [(f"{mine['name']}: contents", mine["hash"], other["hash"])]
+    lines = [f"  {name}: given {mine}, expected {other}" for name, mine, other in pairs if mine != other]
+    return "\n".join(
+        [
+            "the data or its order differ from the checkpoint's, so the run can't go on where it stopped:",
+            *lines,
+            "  fix: restore these settings, or start anew from the checkpoint's weights (checkpoint.load)",
+        ]
+    )

@@ -1,0 +1,115 @@
+"""The global order of packs: a pure function of (lengths, seed), planned window by window; a cursor in it is a few integers.
+
+    epoch 0: window 0 [pack 0, pack 1, ...], window 1 [...], ...     epoch 1: window 0 [...], ...
+
+Several sources are one index space, the second behind the first. Nothing here knows how many processes there are, so the order is
+the same for any number; seeking to a cursor plans one window.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from torchft.data.cache import TokenCache
+from torchft.data.packing import permute, plan_window
+
+VERSION = 1  # of the order; a change here makes older cursors invalid
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where in the global order the next step begins, and what has been taken. The same on every rank."""
+
+    epoch: int
+    window: int
+    pack: int  # within the window
+    step: int  # steps made so far
+    taken: tuple[int, ...]  # samples of each source in this epoch
+    tokens: tuple[int, ...]  # tokens of each source in all epochs
+
+
+class Order:
+    """All packs of all epochs over the concatenated sources, planned window by window from lengths alone."""
+
+    def __init__(self, caches: Sequence[TokenCache], *, seq_len: int, packing: bool, shuffle: bool, window: int, seed: int):
+        self.caches, self.seed = tuple(caches), seed
+        self.seq_len, self.packing, self.shuffle, self.window = seq_len, packing, shuffle, window
+        self.starts = np.cumsum([0, *map(len, caches)])  # (sources + 1,): the first sample of each source, then the end
+        self.num_samples = int(self.starts[-1])
+        self.num_windows = -(-self.num_samples // window)
+        self.packs = lru_cache(maxsize=4)(self._plan)
+        self.num_packs = lru_cache(maxsize=None)(self._count)
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(k,) samples -> (k,) source of each and (k,) place in it."""
+        source = np.searchsorted(self.starts, samples, side="right") - 1
+        return source, samples - self.starts[source]
+
+    def lengths(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens of each sample: (k,) -> (k,)."""
+        source, place = self.locate(samples)
+        lengths = np.empty(len(samples), np.int64)
+        for i, cache in enumerate(self.caches):
+            lengths[source == i] = cache.lengths(place[source == i])
+        return lengths
+
+    def _plan(self, epoch: int, window: int) -> list[np.ndarray]:
+        """The packs of one window as arrays of samples."""
+        samples = np.arange(window * self.window, min((window + 1) * self.window, self.num_samples))
+        if self.shuffle:
+            samples = permute(samples, self.num_samples, seed=self.seed, epoch=epoch)
+        if not self.packing:
+            return list(samples[:, None])
+        return [samples[pack] for pack in plan_window(self.lengths(samples), self.seq_len)]
+
+    def _count(self, epoch: int, windows: int) -> int:
+        """Packs in an epoch's first `windows` windows."""
+        if not self.packing:
+            return min(windows * self.window, self.num_samples)
+        return sum(len(self._plan(epoch, i)) for i in range(windows))
+
+    def start(self) -> Cursor:
+        nothing = (0,) * len(self.caches)
+        return Cursor(epoch=0, window=0, pack=0, step=0, taken=nothing, tokens=nothing)
+
+    def has(self, cursor: Cursor) -> bool:
+        """Whether the cursor points to a pack."""
+        return 0 <= cursor.window < self.num_windows and 0 <= cursor.pack < len(self.packs(cursor.epoch, cursor.window))
+
+    def take(self, cursor: Cursor, count: int) -> tuple[list[np.ndarray], Cursor]:
+        """The next step's packs, `count` or what the epoch has left, and the cursor behind them."""
+        packs: list[np.ndarray] = []
+        window, pack = cursor.window, cursor.pack
+        while len(packs) < count and window < self.num_windows:
+            planned = self.packs(cursor.epoch, window)
+            part = planned[pack : pack + count - len(packs)]
+            packs += part
+            pack += len(part)
+            if pack == len(planned):
+                window, pack = window + 1, 0
+        samples = np.concatenate(packs)
+        source, _ = self.locate(samples)
+        new = np.bincount(source, minlength=len(self.caches))
+        new_tokens = np.bincount(source, weights=self.lengths(samples), minlength=len(self.caches))
+        after = replace(cursor, window=window, pack=pack, step=cursor.step + 1, taken=_add(cursor.taken, new))
+        after = replace(after, tokens=_add(cursor.tokens, new_tokens))
+        if window == self.num_windows:
+            after = replace(after, epoch=cursor.epoch + 1, window=0, taken=(0,) * len(self.caches))
+        return packs, after
+
+    def settings(self) -> dict[str, int | bool]:
+        """What the order depends on beside the seed and the sources."""
+        return {"seq_len": self.seq_len, "packing": self.packing, "shuffle": self.shuffle, "window": self.window}
+
+    def hash(self) -> str:
+        """Equal hash, equal order of equal samples."""
+        parts = [VERSION, self.seed, self.settings(), [cache.hash for cache in self.caches]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _add(before: tuple[int, ...], new: np.ndarray) -> tuple[int, ...]:
+    return tuple(a + int(b) for a, b in zip(before, new, strict=True))
