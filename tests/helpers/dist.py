@@ -19,14 +19,18 @@ import torch.distributed.pipelining
 import torch.distributed.tensor.parallel
 
 
-def run_dist(fn: Callable, world_size: int, *args: Any, timeout: float = 60) -> list:
-    """fn(*args) on each rank, inside a gloo group; the results by rank. A rank's exception is raised here with its traceback."""
-    context = mp.get_context("fork")
+def run_dist(fn: Callable, world_size: int, *args: Any, timeout: float = 60, backend: str = "gloo") -> list:
+    """fn(*args) on each rank, inside a group; the results by rank. A rank's exception is raised here with its traceback.
+
+    backend: gloo, or nccl (one CUDA device a rank; spawned, since CUDA does not survive a fork).
+    """
+    context = mp.get_context("fork" if backend == "gloo" else "spawn")
     results: mp.Queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         workers = [
-            context.Process(target=_worker, args=(rank, world_size, store, fn, results, args), daemon=True) for rank in range(world_size)
+            context.Process(target=_worker, args=(rank, world_size, store, fn, results, args, backend), daemon=True)
+            for rank in range(world_size)
         ]
         for worker in workers:
             worker.start()
@@ -52,12 +56,14 @@ def _collect(results: mp.Queue, world_size: int, timeout: float) -> list:
     return [by_rank[rank] for rank in range(world_size)]
 
 
-def _worker(rank: int, world_size: int, store: str, fn: Callable, results: mp.Queue, args: tuple) -> None:
+def _worker(rank: int, world_size: int, store: str, fn: Callable, results: mp.Queue, args: tuple, backend: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=40)
+            backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=40)
         )
         results.put((rank, True, pickle.dumps(fn(*args))))  # bytes: a tensor in a queue is a file handle that dies with its sender
         dist.barrier()

@@ -1,0 +1,83 @@
+"""Small real tokenizers, trained on the spot on a text of ours: byte-level BPE (tokenizer.json) and SentencePiece (tokenizer.model)."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|bos|>")
+WORDS = ("<think>", "</think>", "<tool_response>")  # added, not special
+WORDS_OF_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CONFIG = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def corpus() -> list[str]:
+    """Sentences with the letters, spaces, digits and marks that chats have."""
+    subjects = ("The red boat", "A teacher", "My old neighbour", "Nobody", "The system", "Every user", "An assistant")
+    verbs = ("sails over", "answers", "forgets", "counts", "writes to", "asks")
+    objects = ("the lake.", "a hard question?", "12 apples and 7 pears!", "her friends, twice", "the letter: yes.", "user input\n")
+    return [f"{s} {v} {o}" for s in subjects for v in verbs for o in objects] + [
+        "é ü 😀 日本 naïve café",
+        *["a\n\nb\n\n\nc  d   e\n\n\nf"] * 20,
+        *["[INST] y<|x|> z</x> [/INST]"] * 20,
+    ]
+
+
+@cache
+def _bpe_json() -> str:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tok = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORDS_OF_LLAMA3), behavior="isolated")
+    tok.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator(corpus(), trainer)
+    tok.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
+    return tok.to_str()
+
+
+def make_hf_tokenizer(folder: Path, *, template: str | None = CHATML, **config) -> Path:
+    """A folder with tokenizer.json and tokenizer_config.json; `config` goes over the defaults."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(_bpe_json())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **CONFIG, **config}
+    if template is not None:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def make_sp_tokenizer(folder: Path, *, user_defined: tuple[str, ...] = SPECIAL[1:3], model_type: str = "bpe", **config) -> Path:
+    """A folder with a SentencePiece model as Llama 2 has it (no normalisation, byte fallback), and a config if one is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(_sp_model(user_defined, model_type))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@cache
+def _sp_model(user_defined: tuple[str, ...], model_type: str) -> bytes:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in corpus() for line in text.splitlines() if line]),
+        model_writer=model,
+        vocab_size=420,
+        model_type=model_type,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=list(user_defined),
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
