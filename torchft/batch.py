@@ -62,7 +62,7 @@ class Batch:
     num_trained: int = 0  # host side, so that nobody waits for the device: tokens with weight > 0
     weight_sum: float = 0.0  # sum of weights
     num_tokens: int = 0  # tokens that are not padding
-    plain_causal: bool = False  # one document a row, no padding
+    plain_causal: bool = False  # one document a row (padding belongs to it): the mask is the causal triangle
     ids: tuple[SampleId, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":

@@ -61,10 +61,10 @@ def test_types_are_the_contract():
         assert getattr(batch, name).dtype == dtype and getattr(batch, name).shape == (1, 6)
 
 
-def test_plain_causal_means_one_full_document_a_row():
-    """True only without padding, fillers and second documents."""
+def test_plain_causal_means_one_document_a_row():
+    """True unless a row has a second document: padding and fillers belong to the row's only document."""
     one, two, half = [make_encoded(4)], [make_encoded(2), make_encoded(2)], [make_encoded(2)]
-    for rows, plain in [([one, one], True), ([one, half], False), ([one, two], False), ([one, []], False)]:
+    for rows, plain in [([one, one], True), ([one, half], True), ([one, two], False), ([one, []], True)]:
         ids = [[SampleId("a", 0, 0)] * len(row) for row in rows]
         assert collate(rows, ids, t=4, pad_id=0).plain_causal is plain
 

@@ -57,6 +57,17 @@ def test_packed_equals_separate():
     assert relative_error(out[0], total) < 1e-12
 
 
+def test_plain_causal_is_the_mask_of_one_padded_document():
+    """collate's plain_causal rows (one document, then padding) have the logits of the dense mask, with less work."""
+    model, batch = tiny_model(), packed_batch(5)
+    documents, index = torch.zeros_like(batch.documents), torch.arange(32, dtype=torch.int32)
+    positions = index.expand(2, 32)
+    fast, dense = (
+        model(batch.tokens, layout=Layout(documents, documents, index, index, flag), positions=positions) for flag in (True, False)
+    )
+    assert relative_error(fast, dense) < 1e-12
+
+
 def test_window_hides_what_lies_further_back():
     """With a window of 4 a token's logits do not depend on tokens 4 or more places before it (one layer)."""
     layout = plain_layout(12)

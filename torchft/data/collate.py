@@ -47,7 +47,7 @@ def collate(rows: Sequence[Sequence[Encoded]], ids: Sequence[Sequence[SampleId]]
         num_trained=int(np.count_nonzero(weights)),
         weight_sum=float(weights.sum(dtype=np.float64)),
         num_tokens=sum(len(sample.ids) for row in rows for sample in row),
-        plain_causal=all(len(row) == 1 and len(row[0].ids) == t for row in rows),
+        plain_causal=all(len(row) <= 1 for row in rows),
         ids=tuple(name for names in ids for name in (names or [SampleId("", epoch, -1)])),
     )
 
