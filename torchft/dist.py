@@ -48,6 +48,12 @@ def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
     return World(rank, size, local_rank, local_size, where)
 
 
+def ensure_group(world: World) -> None:
+    """Gives a single process a group of its own: mixed precision needs a mesh, even of size 1."""
+    if not dist.is_initialized():
+        dist.init_process_group(BACKENDS[world.device.type], store=dist.HashStore(), rank=0, world_size=1)
+
+
 def _device_kind(device: str, local_size: int) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(Problem("device", device, "auto, cpu or cuda", "choose one of them"))

@@ -252,7 +252,8 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_a_message_and_exit_2(case, cache, tmp_path, monkeypatch, capsys):
     """Exit code 2, no traceback, and the message names what is wrong and how to mend it."""
-    files = {"bad": '{"messages": []}\n{"messages": [}\n', "empty": ""}
+    chat = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    files = {"bad": chat + '{"messages": [}\n', "empty": ""}
     paths = {"folder": tmp_path / "folder", "strange": tmp_path / "strange"}
     for name, text in files.items():
         paths[name] = tmp_path / f"{name}.jsonl"

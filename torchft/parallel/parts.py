@@ -4,7 +4,7 @@ A loop over micro-batches or a pipeline schedule; gradients summed over data ran
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ class Parts:
     mesh: Mesh
     trainable: frozenset[str]
     pipeline: Pipeline | None = None
-    _metric_names: list[str] | None = field(default=None, init=False)
 
     @property
     def has_first(self) -> bool:
@@ -112,14 +111,12 @@ class Parts:
         return {name: total / count if count else float("nan") for name, (total, count) in zip(names, table.tolist(), strict=True)}
 
     def _names_of(self, metrics: Metrics) -> list[str]:
-        if not self.pipeline:
-            return sorted(metrics)
-        if self._metric_names is None:
-            box = [sorted(metrics)]
+        """The metrics' names, which only the last pipeline stage knows."""
+        box = [sorted(metrics)]
+        if self.pipeline:
             line = dist.get_process_group_ranks(self.mesh.group("pp"))
             dist.broadcast_object_list(box, src=line[-1], group=self.mesh.group("pp"), device=self.mesh.device)
-            self._metric_names = box[0]
-        return self._metric_names
+        return box[0]
 
     def _reduce_dp(self, x: Tensor) -> Tensor:
         if self.mesh.dp is not None and self.mesh.dp_size > 1:

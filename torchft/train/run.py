@@ -20,6 +20,7 @@ import torch
 from torchft import __version__, dist, log
 from torchft.config.show import config_dict, save_config
 from torchft.errors import ConfigError, NumericError, TorchftError
+from torchft.faults import fire
 from torchft.metrics.flops import flops_per_token, mfu, peak_tflops
 from torchft.metrics.memory import peak_gib
 from torchft.metrics.meters import StepMeter
@@ -74,6 +75,7 @@ class Run:
         """The numbers of the steps still to make, each timed until `log`; ends early, `stopped`, on all ranks together."""
         while self.step < last and not self.stopped:
             self.meter.start()
+            fire("step", step=self.step + 1)
             yield self.step + 1
             self.step += 1
             self.stopped = bool(dist.agree(self._stop_asked))
