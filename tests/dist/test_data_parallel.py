@@ -15,7 +15,7 @@ from torchft.parallel.apply import parallelize
 from torchft.parallel.fsdp import PrecisionConfig
 from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
 from torchft.parallel.pp import build_stages
-from torchft.train.step import NonFinite, train_step
+from torchft.train.step import NonFinite, evaluate, train_step
 
 STEPS = 10
 
@@ -101,6 +101,22 @@ def test_gradient_does_not_depend_on_accumulation_or_padding():
     for other in ([joined(eight[:4]), joined(eight[4:])], [joined(eight)], [unpacked(row) for row in eight]):
         for name, grad in gradient(other).items():
             assert relative_error(grad, want[name]) <= 1e-9, name
+
+
+def evaluated(world: int, rows_at_once: int):
+    parts = build(world, "fp64")
+    rows = [row for seed in range(3) for row in rows_of(packed_batch(seed))]
+    mine = of_rank(rows, parts.mesh.dp_rank, parts.mesh.dp_size)
+    steps = [[joined(mine[i : i + rows_at_once])] for i in range(0, len(mine), rows_at_once)]
+    return evaluate(parts, steps, CrossEntropy())["loss"]
+
+
+def test_validation_does_not_depend_on_batch_or_world_size():
+    """One row, two or three at once, on 1, 2 and 3 ranks: the same validation loss (fp64)."""
+    want = evaluated(1, 1)
+    for world, rows_at_once in ((1, 2), (1, 6), (2, 1), (2, 3), (3, 2)):
+        got = [evaluated(1, rows_at_once)] if world == 1 else run_dist(evaluated, world, world, rows_at_once)
+        assert all(abs(value - want) <= 1e-9 * want for value in got)
 
 
 def bf16_steps(world: int):

@@ -174,6 +174,15 @@ def test_torchrun_prints_each_step_once(cache, tmp_path):
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
 
 
+def test_one_process_in_mixed_precision(cache, tmp_path):
+    """Without torchrun, bf16 over fp32 parameters: the process makes its own group of one; the loss is near fp32's, the export fp32."""
+    command = [sys.executable, str(ROOT / "recipes/full_finetune.py")]
+    done = _run([*command, *arguments(tmp_path / "run", cache, "train.steps=2", "schedule.warmup_steps=0", "precision.compute=bf16")])
+    assert done.returncode == 0, done.stderr
+    assert 5.5 < rows(tmp_path / "run")[1]["loss"] < rows(tmp_path / "run")[0]["loss"] < 6.5
+    assert all(tensor.dtype == torch.float32 for tensor in exported(tmp_path / "run").values())
+
+
 def test_sigterm_saves_and_exits_75(cache, tmp_path):
     """SIGTERM to a running process: it finishes the step, saves, exits with 75, and a second start goes on from there."""
     folder = tmp_path / "run"
