@@ -1,6 +1,6 @@
 """What flows through the data layer before it becomes a Batch: a chat, then its token ids with the weight each is trained with.
 
-    record (dict) --formats--> Sample --templates, tokenizer--> Encoded --packing, collate--> Batch
+record (dict) --formats--> Sample --templates, tokenizer--> Encoded --packing, collate--> Batch
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,133 @@
+"""The command `torchft` and its first verb; and the lines that go to stderr."""
+
+import json
+import logging
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import torchft
+from torchft.cli import doctor
+from torchft.cli.main import main
+from torchft.log import get_logger, setup
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def versions(monkeypatch, **installed: str | None) -> None:
+    """Pretends that these distributions (dashes as underscores) have these versions; all others are as they are."""
+    real = doctor.version_of
+    known = {name.replace("_", "-"): version for name, version in installed.items()}
+    monkeypatch.setattr(doctor, "version_of", lambda name: known[name] if name in known else real(name))
+
+
+def test_help_is_quick_and_imports_no_torch():
+    """`torchft --help` lists the verbs, without torch, in less than 0.3 s of CPU time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = """import sys
+from torchft.cli.main import main
+try:
+    main(["--help"])
+finally:
+    print("torch" in sys.modules, "omegaconf" in sys.modules)"""
+    out = python(code)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "doctor" in out and out.endswith("False False\n")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+
+
+def test_doctor_reports_versions_devices_and_machine(monkeypatch, capsys):
+    """Every part a bug report needs is named; a sound installation ends with 0; --json says the same."""
+    versions(monkeypatch, torchft=None, torchft_llm=torchft.__version__)
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = {f["name"] for f in report["findings"]}
+    assert report["ok"] and names >= {
+        "python",
+        "torchft",
+        "torch",
+        "cuda",
+        "gloo",
+        "torchao",
+        "transformers",
+        "cpu",
+        "memory",
+        "folder",
+        "disk",
+    }
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert all(f["text"] in text for f in report["findings"] if f["name"] not in ("memory", "disk"))
+
+
+def test_doctor_finds_the_other_project_of_the_same_import_name(monkeypatch, capsys):
+    """PyPI's torchft beside torchft-llm is an error with the commands that mend it, exit 1."""
+    versions(monkeypatch, torchft="0.1.1", torchft_llm=torchft.__version__)
+    assert main(["doctor"]) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("torchft "))
+    assert "ERROR" in line and "fault tolerance" in line and "pip uninstall torchft torchft-llm" in line
+
+
+def test_doctor_finds_another_torchft_on_the_path(monkeypatch, capsys):
+    """If the imported package isn't the installed distribution's, something shadows it: exit 1."""
+    versions(monkeypatch, torchft=None, torchft_llm="99.0")
+    assert main(["doctor"]) == 1
+    assert "torchft-llm 99.0 is installed, but `import torchft` gives" in capsys.readouterr().out
+
+
+def test_doctor_missing_library_and_unwritable_folder(monkeypatch, tmp_path):
+    """A missing library or a folder that can't be written to is an error; a source tree that isn't installed a warning."""
+    versions(monkeypatch, torchft=None, torchft_llm=None, torchao=None)
+    found = {finding.name: finding.status for finding in doctor.examine()}
+    assert (found["torchft"], found["torchao"], found["torch"]) == ("warning", "error", "ok")
+    assert {f.name: f.status for f in doctor.machine(tmp_path)}["folder"] == "ok"
+
+    def refuse(**_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    assert {f.name: f.status for f in doctor.machine(tmp_path)}["folder"] == "error"
+
+
+def test_unknown_verb_exits_2(capsys):
+    """An unknown verb is refused with the list of verbs."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["train"])
+    assert exit_.value.code == 2 and "doctor" in capsys.readouterr().err
+
+
+def lines_of_rank(rank: int, capsys) -> list[str]:
+    log = get_logger("torchft.some.module")
+    setup(rank)
+    log.info("loaded %d tensors", 3)
+    log.warning("%d samples were truncated", 2)
+    get_logger("__main__").info("from a script")
+    log.debug("never")
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.fixture
+def torchft_logger():
+    logger = logging.getLogger("torchft")
+    before = logger.handlers[:], logger.level
+    yield logger
+    logger.handlers[:], level = before
+    logger.setLevel(level)
+
+
+def test_log_lines_by_rank(capsys, torchft_logger):
+    """Information comes from rank 0 alone, warnings from every rank with its number; setting up twice doesn't double the lines."""
+    assert lines_of_rank(0, capsys) == ["loaded 3 tensors", "[rank 0] warning: 2 samples were truncated", "from a script"]
+    assert lines_of_rank(3, capsys) == ["[rank 3] warning: 2 samples were truncated"]
+
+
+def test_importing_log_installs_nothing():
+    """As a library torchft leaves logging to the program."""
+    code = (
+        "import logging, torchft.log as l; l.get_logger('torchft.x'); print(logging.getLogger('torchft').handlers, logging.root.handlers)"
+    )
+    assert python(code) == "[] []\n"
