@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,4 +181,7 @@ def run_recipe(main: Callable[[list[str]], int]) -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
     dist.shutdown(code)
