@@ -11,7 +11,7 @@ from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.hf import save_hf
 from torchft.dist import broadcast_object
 from torchft.dtypes import DTYPES
-from torchft.errors import Problem
+from torchft.errors import Problem, TorchftError
 from torchft.log import get_logger
 from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
@@ -47,7 +47,10 @@ def finish_run(cfg, run: Run, job: Job) -> int:
         export_hf(cfg, job, folder)
         log.info("exported %s", folder)
     if run.world.rank == 0:
-        report(run, job)
+        try:
+            report(run, job)
+        except (OSError, TorchftError) as error:  # the model is saved and exported: a full disk must not make the run a failure
+            log.warning("no plot and summary: %s", error)
     return STOPPED if run.stopped else 0
 
 
