@@ -1,0 +1,127 @@
+"""tokenizer.model: SentencePiece (BPE or unigram), as Llama 1/2, Yi, Mistral and Gemma publish it.
+
+Each stretch of text between special tokens is encoded by the model; only a chat that *begins* with text gets SentencePiece's prefix
+space, as HF's Llama tokenizer (`legacy=False`) has it. Spaces are kept as they are. Control tokens (`<s>`) never come out of text;
+user-defined ones (`<|im_start|>`) do, in SentencePiece, so text that looks like one is cut after its first character.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from torchft.errors import DataError
+from torchft.tokenizers.load import REQUIRED, Settings
+from torchft.tokenizers.protocol import Part, Pieces, break_inside
+
+# Appended to a serialised model (repeated messages merge): normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}.
+LOSSLESS = b"\x1a\x04\x18\x00\x20\x00"
+MARKUP = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")  # what a user-defined special token looks like
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; see `Tokenizer` for its fields. Raises DataError for a damaged file."""
+
+    def __init__(self, path: Path, settings: Settings):
+        from sentencepiece import SentencePieceProcessor
+
+        data = path.read_bytes()
+        try:
+            self._decoder = SentencePieceProcessor(model_proto=data)
+            self._encoder = SentencePieceProcessor(model_proto=data + LOSSLESS)
+        except RuntimeError as error:
+            raise DataError(f"{path}: not a SentencePiece model ({error}): download the file again") from error
+        self._name = str(path)
+        size = self._decoder.get_piece_size()
+        self._added = {i: text for text, i in settings.added_ids.items() if i >= size}
+        self.vocab_size = max([size - 1, *self._added]) + 1
+        pieces = {self._decoder.id_to_piece(i): i for i in range(size)}
+        self.special_tokens = self._find_special(pieces, settings)
+        self.added_words: dict[str, int] = {}  # the model matches its own
+        self.named_tokens = self._names(settings)
+        ids = {name: self.special_tokens[text] for name, text in self.named_tokens.items()}
+        self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
+        self.pad_id = ids.get("pad_token", self.eos_id or 0)
+        self.stop_ids = settings.stop_ids | ({self.eos_id} - {None})
+        self.adds_bos = self.bos_id is not None and settings.adds_bos is not False
+        self.chat_template = settings.chat_template
+        self.files = settings.files
+        first = self._decoder.encode("a", out_type=str)[0]
+        self._prefixes_text = first.startswith("▁") and settings.adds_prefix_space is not False
+        facts = json.dumps([self.special_tokens, self.named_tokens, self.adds_bos, self._prefixes_text], sort_keys=True)
+        self.digest = hashlib.sha256(data + facts.encode()).hexdigest()
+        self._text_of = {i: text for text, i in self.special_tokens.items()}
+        own = [text for text, i in self.special_tokens.items() if i < size and not self._decoder.is_control(i)]
+        self._lookalike = re.compile("|".join(map(re.escape, sorted(own, key=len, reverse=True))) or "(?!)")
+
+    def _find_special(self, pieces: dict[str, int], settings: Settings) -> dict[str, int]:
+        """Control tokens, user-defined ones that look like markup unless the config calls them ordinary, and tokens added outside."""
+        sp = self._decoder
+        special = {text: i for i, text in self._added.items()}
+        for text, i in pieces.items():
+            user_defined = sp.get_score(i) == 0 and not sp.is_byte(i) and MARKUP.fullmatch(text) is not None
+            if sp.is_control(i) or sp.is_unknown(i) or settings.marked_special.get(text, user_defined):
+                special[text] = i
+        special |= {text: pieces[text] for text in settings.named_tokens.values() if text in pieces}
+        return dict(sorted(special.items()))
+
+    def _names(self, settings: Settings) -> dict[str, str]:
+        """bos, eos, pad, unk: as the config says, else as the model does."""
+        sp = self._decoder
+        own = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id(), "unk_token": sp.unk_id()}
+        names = {name: sp.id_to_piece(i) for name, i in own.items() if i >= 0} | settings.named_tokens
+        missing = sorted({text for name, text in names.items() if name in REQUIRED and text not in self.special_tokens})
+        if missing:
+            raise DataError(
+                f"{self._name}: tokenizer_config.json names {', '.join(missing)}, which the model does not have: "
+                "take both files from one model"
+            )
+        return {name: text for name, text in names.items() if text in self.special_tokens}
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_parts([text]).ids.tolist()
+
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        pieces = self.encode_parts([text])
+        return pieces.ids.tolist(), list(zip(pieces.starts.tolist(), pieces.ends.tolist(), strict=True))
+
+    def encode_parts(self, parts: Sequence[Part]) -> Pieces:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for part in break_inside(parts, self._lookalike):
+            if isinstance(part, int):
+                ids.append(part)
+                spans.append((at, at + len(self._text_of[part])))
+                at = spans[-1][1]
+            elif part:
+                found, offsets = self._encode_text(part, prefix=at == 0 and self._prefixes_text)
+                ids += found
+                spans += [(at + start, at + end) for start, end in offsets]
+                at += len(part)
+        where = np.array(spans, np.int64).reshape(-1, 2)
+        return Pieces(np.array(ids, np.int32), where[:, 0], where[:, 1])
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        text, run = "", []
+        for i in map(int, ids):
+            if i not in self._text_of:
+                run.append(i)
+                continue
+            if skip_special:
+                continue
+            text += self._decode_run(run, first=not text) + self._text_of[i]
+            run = []
+        return text + self._decode_run(run, first=not text)
+
+    def _encode_text(self, text: str, *, prefix: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        added = int(prefix and text[0] not in " ▁")
+        found = self._encoder.encode_as_offset_mapping(" " * added + text)
+        return found["ids"], [(max(0, start - added), end - added) for start, end in found["offsets"]]
+
+    def _decode_run(self, ids: list[int], *, first: bool) -> str:
+        """The prefix space belongs to the beginning of a text only."""
+        return (self._decoder if first else self._encoder).decode(ids) if ids else ""
