@@ -87,6 +87,8 @@ BAD = [
     ({"messages": [{"role": "user", "content": None}]}, "auto", "content is null"),
     (turn(tool_calls=[{"name": "f"}]), "auto", "tool_calls, which this version can't render"),
     ({**turn(), "tools": [{"name": "f"}]}, "auto", "has tools, which this version can't render"),
+    ({**turn(), "label": False}, "auto", "preference data, which this recipe can't train on"),
+    (talk("human", "gpt") | {"chosen": {}, "rejected": {}}, "auto", "remove chosen, rejected"),
     (turn(train="no"), "auto", r"messages\[1\].train is 'no', expected true or false"),
     (turn(weight=0.5), "auto", "weight is 0.5"),
     (turn(train=True, loss=False), "auto", "says both to train it and not to"),

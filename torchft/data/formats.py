@@ -32,6 +32,7 @@ KEYS = {  # format -> (required keys, optional keys)
     "openai": (("messages",), ("tools",)),
 }
 TRAIN_KEYS = ("train", "loss", "weight")
+PREFERENCE_KEYS = ("chosen", "rejected", "label", "kto_tag")  # half of such a record would be trained on as if it were good
 
 
 def sample_from_record(record: Any, where: str, format: Format = "auto") -> Sample:
@@ -114,6 +115,12 @@ def _check_keys(record: dict, where: str, format: str) -> None:
         raise DataError(
             f"{where}: not an {format} record: {', '.join(missing)} missing\n  given:    keys {_list(record)}\n"
             f"  expected: {', '.join(required)}; may have {', '.join(optional)}{_hint(record, missing)}"
+        )
+    preference = [key for key in PREFERENCE_KEYS if key in record]
+    if preference:
+        raise DataError(
+            f"{where}: preference data, which this recipe can't train on\n  given:    keys {_list(record)}\n"
+            f"  expected: chats alone\n  fix:      keep the good replies and remove {', '.join(preference)}"
         )
     absent = [key for key in optional if key not in record]
     hint = _hint([key for key in record if key not in required + optional], absent)

@@ -62,8 +62,11 @@ def export_folder(parent: Path, step: int) -> Path:
 
 def export_hf(cfg, job: Job, folder: Path) -> None:
     """The model with tokenizer and chat template, complete, on all ranks together."""
-    tokenizer = cfg.tokenizer.path or cfg.model.path
-    assets = read_assets(tokenizer) if tokenizer else Assets()
+    model = read_assets(cfg.model.path) if cfg.model.path else Assets()
+    files = read_assets(cfg.tokenizer.path).files if cfg.tokenizer.path else model.files
+    tokenizer = job.text.tokenizer
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    assets = Assets({key: id for key, id in ids.items() if id is not None} | model.config, model.generation, files)
     if cfg.tokenizer.template != "auto":
         assets = assets.with_template(job.text.template.source)
     dtype = DTYPES[cfg.export.dtype] if cfg.export.dtype else None
