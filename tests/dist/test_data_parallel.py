@@ -162,6 +162,19 @@ def test_bad_step_is_skipped_by_all_ranks_together():
         assert result == ("loss or gradients not finite", True, "no trained tokens", True)
 
 
+def norm_with_one_bad_shard(world: int):
+    parts = build(world, "fp32")
+    parts.forward_backward(of_rank(global_steps(1)[0], parts.mesh.dp_rank, parts.mesh.dp_size), CrossEntropy(), scale=1.0)
+    if parts.mesh.dp_rank == 1:
+        next(p for _, p in parts.named_parameters()).grad.to_local()[0, 0] = float("inf")
+    return parts.clip(1.0).item()
+
+
+def test_a_bad_number_in_one_shard_is_seen_by_all():
+    """inf in rank 1's shard of one gradient: the norm is not finite on rank 0 either, so both decide the same."""
+    assert run_dist(norm_with_one_bad_shard, 2, 2) == [float("inf")] * 2
+
+
 def over_ranks():
     import torch.distributed as dist
 
