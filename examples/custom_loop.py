@@ -34,7 +34,8 @@ def copy_task(generator: torch.Generator, rows: int = 32, length: int = 8) -> Ba
     positions = torch.arange(tokens.shape[1], dtype=torch.int32).expand(tokens.shape)
     weights = (positions >= length - 1).float()
     count = int(weights.sum())
-    return Batch(tokens, labels, weights, positions, 0 * positions, num_trained=count, weight_sum=float(count), plain_causal=True)
+    counts = {"num_trained": count, "weight_sum": float(count), "num_tokens": tokens.numel()}
+    return Batch(tokens, labels, weights, positions, 0 * positions, **counts, plain_causal=True)
 
 
 def main(steps: int = 200) -> list[float]:

@@ -8,7 +8,7 @@ Letters: b rows, t tokens, d hidden, v vocabulary, n tokens flattened, s sequenc
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -59,10 +59,11 @@ class Batch:
     documents: Tensor  # (b, t) int32, 0.. along a row; padding belongs to the row's last document
     sequences: Tensor | None = None  # (b, t) int32 into the (s,) fields of extra, -1 none; 2i chosen, 2i + 1 rejected
     extra: dict[str, Tensor] = field(default_factory=dict)  # by name, (s,) or (b, t) only
-    num_trained: int = 0  # host side, so that nobody waits for the device: tokens with weight > 0
-    weight_sum: float = 0.0  # sum of weights
-    num_tokens: int = 0  # tokens that are not padding
-    plain_causal: bool = False  # one document a row (padding belongs to it): the mask is the causal triangle
+    _: KW_ONLY
+    num_trained: int  # host side, so that nobody waits for the device: tokens with weight > 0
+    weight_sum: float  # sum of weights
+    num_tokens: int  # tokens that are not padding
+    plain_causal: bool  # one document a row (padding belongs to it): the mask is the causal triangle
     ids: tuple[SampleId, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
@@ -152,7 +153,9 @@ class LossOut:
     """What a loss gives for one micro-batch."""
 
     total: Tensor  # (1,) at least fp32: a SUM already multiplied by at.scale; stays connected to the graph even if 0; never logged
-    metrics: dict[str, tuple[Tensor, Tensor]]  # name -> (sum (), count ()), detached, on device; "loss" is among them
+    metrics: dict[
+        str, tuple[Tensor, Tensor]
+    ]  # name -> (sum (), count ()), detached, on device; the same names on every rank, "loss" among them
 
 
 class Loss(Protocol):

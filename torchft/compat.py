@@ -1,7 +1,9 @@
 """The few private calls into torch that have no public form in the supported releases, each behind a name of its own and a test."""
 
+from datetime import timedelta
 from typing import Any
 
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
@@ -14,6 +16,11 @@ def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
 def join_meshes(meshes: list[DeviceMesh]) -> DeviceMesh:
     """One mesh whose axes are those of `meshes`, which share a root."""
     return DeviceMesh._concatenate(meshes)
+
+
+def set_timeout(group: ProcessGroup, timeout_s: float) -> None:
+    """How long a collective of this group may take; a mesh makes its groups with torch's default of half an hour on gloo."""
+    distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def run_microbatches(schedule: PipelineScheduleSingle, args: list[tuple], kwargs: list[dict[str, Any]], targets: list | None) -> None:

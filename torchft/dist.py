@@ -36,8 +36,7 @@ def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
 
     device: "auto" (cuda if there is one, else cpu), "cpu" or "cuda". Raises ConfigError if cuda is asked for and missing.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    rank, size, local_rank, local_size = _place()
     kind = _device_kind(device, local_size)
     where = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
@@ -48,23 +47,37 @@ def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
     return World(rank, size, local_rank, local_size, where)
 
 
-def ensure_group(world: World) -> None:
+def ensure_group(world: World, timeout_s: float = 600.0) -> None:
     """Gives a single process a group of its own: mixed precision needs a mesh, even of size 1."""
     if not dist.is_initialized():
-        dist.init_process_group(BACKENDS[world.device.type], store=dist.HashStore(), rank=0, world_size=1)
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(BACKENDS[world.device.type], store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _device_kind(device: str, local_size: int) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(Problem("device", device, "auto, cpu or cuda", "choose one of them"))
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return "cuda" if available else "cpu"
-    if device == "cuda" and available < local_size:
+    if device == "cpu" or (device == "auto" and not available):
+        return "cpu"
+    if available < local_size:
         raise ConfigError(
-            Problem("device", "cuda", f"{local_size} CUDA devices, one a process; found {available}", "use device=cpu or fewer processes")
+            Problem("device", device, f"{local_size} CUDA devices, one a process; found {available}", "use device=cpu or fewer processes")
         )
-    return device
+    return "cuda"
+
+
+def _place() -> tuple[int, int, int, int]:
+    """Rank, world size, local rank and local world size as the launcher says; half of it is an error, not a guess."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given:
+        return 0, 1, 0, 1
+    if len(given) < len(names):
+        found = " ".join(f"{name}={value}" for name, value in given.items())
+        raise ConfigError(Problem("environment", found, f"all of {', '.join(names)}, or none", "start by torchrun, or unset them"))
+    rank, size, local_rank = (int(given[name]) for name in names)
+    return rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size))
 
 
 def _attempt_store(rank: int, size: int, timeout_s: float) -> dist.Store:
@@ -113,10 +126,13 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
-def barrier() -> None:
-    """Waits for all ranks."""
-    if world_size() > 1:
-        dist.barrier()
+def gather_objects(value: object) -> list:
+    """Every rank's value on every rank, by rank (small Python objects)."""
+    if world_size() == 1:
+        return [value]
+    box: list = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
 
 
 def keyed_seed(*key: object) -> int:
@@ -157,9 +173,10 @@ def environment(name: str, default: str = "") -> str:
     return os.environ.get(name, default)
 
 
-def shutdown(code: int = 0) -> None:
+def shutdown(code: int = 0, *, together: bool = True) -> None:
     """Ends this process with `code`: flush, leave the group, exit. Does not return in a process group.
 
+    together: all ranks get here, so they wait for each other (a launcher kills the others when one leaves); false after an error.
     On gloo the interpreter's own teardown races with gloo's threads and aborts at random (SIGABRT after a good run), so the
     process is left by os._exit once everything is flushed.
     """
@@ -169,7 +186,7 @@ def shutdown(code: int = 0) -> None:
         if code:
             raise SystemExit(code)
         return
-    if code == 0:
+    if together:
         dist.barrier()
     if dist.get_backend() == "gloo":
         os._exit(code)

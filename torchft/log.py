@@ -24,6 +24,8 @@ def setup(rank: int = 0, level: int = logging.INFO) -> None:
         logger.removeHandler(handler)
     logger.addHandler(_RankHandler(rank))
     logger.setLevel(level)
+    logger.propagate = False  # a library that configures the root logger would print every line twice
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # warns of every gather over two axes
 
 
 class _RankHandler(logging.StreamHandler):

@@ -9,6 +9,7 @@ from tests.helpers.tiny import global_steps, of_rank, packed_batch, relative_err
 from torchft.batch import Across, Batch, sum_forward
 from torchft.dist import agree, keyed_seed
 from torchft.dtypes import DTYPES
+from torchft.errors import NumericError
 from torchft.losses.cross_entropy import CrossEntropy
 from torchft.models.init import init_weights
 from torchft.parallel.apply import parallelize
@@ -22,7 +23,7 @@ STEPS = 10
 
 def build(world: int, dtype: str, precision: PrecisionConfig | None = None, **degrees):
     spec, cfg = tiny_llama(), ParallelConfig(**degrees)
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
+    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"), mixed=bool(precision and precision.is_mixed))
     parts = parallelize(build_stages(spec, mesh, DTYPES[dtype]), mesh, cfg, precision=precision or PrecisionConfig(params=dtype))
     init_weights(parts.named_parameters(copies=True), spec, seed=2)
     return parts
@@ -57,6 +58,8 @@ def rows_of(batch: Batch) -> list[Batch]:
             *(getattr(batch, key)[i : i + 1] for key in ("tokens", "labels", "weights", "positions", "documents")),
             num_trained=int((batch.weights[i] > 0).sum()),
             weight_sum=float(batch.weights[i].double().sum()),
+            num_tokens=batch.tokens.shape[1],
+            plain_causal=False,
         )
         for i in range(batch.tokens.shape[0])
     ]
@@ -75,6 +78,8 @@ def joined(batches: list[Batch]) -> Batch:
         *(torch.cat([getattr(b, key) for b in batches]) for key in ("tokens", "labels", "weights", "positions", "documents")),
         num_trained=sum(b.num_trained for b in batches),
         weight_sum=sum(b.weight_sum for b in batches),
+        num_tokens=sum(b.num_tokens for b in batches),
+        plain_causal=False,
     )
 
 
@@ -82,16 +87,14 @@ def unpacked(batch: Batch) -> Batch:
     """Each document in a row of its own, padded to the pack's length."""
     b, t = batch.tokens.shape
     rows = [(row, batch.documents[row] == d) for row in range(b) for d in range(int(batch.documents[row].max()) + 1)]
-    out = Batch(
-        *(torch.zeros(len(rows), t, dtype=getattr(batch, k).dtype) for k in ("tokens", "labels", "weights", "positions", "documents"))
-    )
+    keys = ("tokens", "labels", "weights", "positions", "documents")
+    new = {key: torch.zeros(len(rows), t, dtype=getattr(batch, key).dtype) for key in keys}
+    new["positions"] += torch.arange(t, dtype=torch.int32)
     for i, (row, here) in enumerate(rows):
-        n = int(here.sum())
-        out.tokens[i, :n], out.labels[i, :n] = batch.tokens[row][here], batch.labels[row][here]
-        out.weights[i, :n], out.positions[i] = batch.weights[row][here], torch.arange(t)
-    return Batch(
-        out.tokens, out.labels, out.weights, out.positions, out.documents, num_trained=batch.num_trained, weight_sum=batch.weight_sum
-    )
+        for key in ("tokens", "labels", "weights"):
+            new[key][i, : int(here.sum())] = getattr(batch, key)[row][here]
+    counts = {key: getattr(batch, key) for key in ("num_trained", "weight_sum", "num_tokens")}
+    return Batch(**new, **counts, plain_causal=True)
 
 
 def test_gradient_does_not_depend_on_accumulation_or_padding():
@@ -173,6 +176,33 @@ def norm_with_one_bad_shard(world: int):
 def test_a_bad_number_in_one_shard_is_seen_by_all():
     """inf in rank 1's shard of one gradient: the norm is not finite on rank 0 either, so both decide the same."""
     assert run_dist(norm_with_one_bad_shard, 2, 2) == [float("inf")] * 2
+
+
+def blamed(world: int) -> str:
+    parts = build(world, "fp32")
+    mine = of_rank(global_steps(1)[0], parts.mesh.dp_rank, parts.mesh.dp_size)
+    if parts.mesh.dp_rank == 1:
+        mine[0].weights[mine[0].weights > 0] = float("nan")
+    with pytest.raises(NumericError) as error:
+        train_step(parts, mine, CrossEntropy(), adamw(p for _, p in parts.named_parameters()), max_norm=1.0, nonfinite=NonFinite())
+    return str(error.value)
+
+
+def test_a_bad_loss_names_its_samples_on_every_rank():
+    """NaN in rank 1's first micro-batch (sample 2): both ranks name that sample and no other."""
+    for text in run_dist(blamed, 2, 2):
+        assert "tiny[2] epoch 0" in text and "tiny[0]" not in text and "tiny[3]" not in text
+
+
+def timeouts() -> list[float]:
+    mesh = build_mesh(resolve_degrees(ParallelConfig(tp=2), 2), torch.device("cpu"), timeout_s=7)
+    groups = [mesh.group("tp"), mesh.dp.get_group(), mesh.fsdp.get_group(), mesh.axis("pp").get_group()]
+    return [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups]
+
+
+def test_every_group_has_the_configured_timeout():
+    """parallel.timeout_s holds for each axis's group, not only for the default one."""
+    assert run_dist(timeouts, 2) == [[7.0] * 4] * 2
 
 
 def over_ranks():

@@ -52,6 +52,7 @@ def packed_batch(seed: int, *, b: int = 2, t: int = 32, trained: bool = True) ->
         num_trained=int((weights > 0).sum()),
         weight_sum=float(weights.double().sum()),
         num_tokens=num_tokens,
+        plain_causal=False,
         ids=(SampleId("tiny", 0, seed),),
     )
 

@@ -61,6 +61,18 @@ def test_init_depends_on_the_name():
     assert (model.layers["0"].self_attn.q_proj.lora_b == 0).all()
 
 
+def test_stages_agree_on_targets():
+    """A target that lies on another pipeline stage is no error there; one that lies nowhere is an error on all."""
+    stages = [build_decoder(tiny_llama(), range(0, 2), last=False), build_decoder(tiny_llama(), range(2, 4), first=False)]
+    for stage in stages:
+        apply_lora([stage], LoraConfig(targets=["layers.0.*"]))
+    adapted = [[name for name, _ in stage.named_parameters() if ".lora_a" in name] for stage in stages]
+    assert len(adapted[0]) == 7 and adapted[1] == []
+    for stage in stages:
+        with pytest.raises(ConfigError, match=r"layers.9"):
+            apply_lora([stage], LoraConfig(targets=["layers.9.*"]))
+
+
 def test_targets_and_exclusions():
     """Globs match the last or the whole name; exclusions win; what matches nothing is an error that lists the names."""
     model = build_decoder(tiny_llama())

@@ -1,10 +1,15 @@
 """Degrees against processes and model: the arithmetic is checked, and said, before anything is allocated."""
 
 import pytest
+import torch
 
 from tests.helpers.tiny import tiny_llama
+from torchft.dist import init_world
 from torchft.errors import ConfigError
-from torchft.parallel.mesh import ParallelConfig, check_degrees, resolve_degrees
+from torchft.models.decoder import build_decoder
+from torchft.parallel.apply import parallelize
+from torchft.parallel.fsdp import PrecisionConfig
+from torchft.parallel.mesh import Mesh, ParallelConfig, build_mesh, check_degrees, resolve_degrees
 from torchft.parallel.pp import stage_ranges
 
 
@@ -39,6 +44,26 @@ def test_untested_combinations_are_refused():
     assert "one of: " in problems(8, tp=2, dp_replicate=2)
     assert "parallel.cp" in problems(2, cp=2)
     assert problems(4, tp=2) == problems(4, pp=2) == problems(4, dp_replicate=2) == problems(1) == ""
+
+
+def test_parallelize_itself_refuses(tmp_path):
+    """Library callers get the same errors: a layout no test covers, and mixed precision without a mesh."""
+    spec, cfg = tiny_llama(), ParallelConfig(tp=4)
+    mesh = Mesh({"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 4}, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"parallel.tp"):
+        parallelize([build_decoder(spec)], mesh, cfg)
+    alone = build_mesh(resolve_degrees(ParallelConfig(), 1), torch.device("cpu"))
+    with pytest.raises(AssertionError, match="mixed precision needs a mesh"):
+        parallelize([build_decoder(spec)], alone, ParallelConfig(), precision=PrecisionConfig(compute="bf16"))
+
+
+def test_half_an_environment_is_an_error(monkeypatch):
+    """WORLD_SIZE without RANK would train on half the data; it names what is missing."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2"):
+        init_world("cpu")
 
 
 @pytest.mark.parametrize("layers,stages", [(4, 2), (7, 3), (30, 4), (5, 5)])

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from torchft.batch import Projection, VocabShard, sum_forward
+from torchft.dtypes import upcast
 
+MAX_NARROW_SUMS = 4  # a bf16 weight gradient is summed over more chunks than this in fp32: bf16 sums lose a bit each doubling
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of fp32 logits at a time
 
 
@@ -41,8 +43,11 @@ def linear_ce(
     labels, weights = labels[rows], weights[rows].to(torch.promote_types(h.dtype, torch.float32)) * grad_scale
     if _is_plain(projection):
         options = (projection.scale, projection.softcap, projection.vocab, smoothing, z)
-        return _LinearCE.apply(h, projection.weight, projection.bias, rows, labels, weights, options)
-    total = h.sum() * 0.0
+        inputs = (h, projection.weight, projection.bias)
+        if not torch.is_grad_enabled():  # inside a Function nobody can tell: needs_input_grad stays true under no_grad
+            inputs = tuple(None if x is None else x.detach() for x in inputs)
+        return _LinearCE.apply(*inputs, rows, labels, weights, options)
+    total = upcast(h[:0].sum())
     for chunk in _chunks(len(rows), projection.weight):
         part = checkpoint(
             lambda x, y, w: (_cross_entropy(projection.logits(x), y, projection.vocab, smoothing, z) * w).sum(),
@@ -50,6 +55,7 @@ def linear_ce(
             labels[chunk],
             weights[chunk],
             use_reentrant=False,
+            preserve_rng_state=False,
         )
         total = total + part
     return total
@@ -66,8 +72,10 @@ def token_logprobs(
         return picked - log_norm, None if mean is None else log_norm - mean
 
     if len(h) == 0:
-        return h.sum(-1), h.sum(-1) if entropy else None
-    parts = [checkpoint(one, h[c], labels[c], use_reentrant=False) for c in _chunks(len(h), projection.weight)]
+        nothing = upcast(h).sum(-1)
+        return nothing, nothing if entropy else None
+    chunks = _chunks(len(h), projection.weight)
+    parts = [checkpoint(one, h[c], labels[c], use_reentrant=False, preserve_rng_state=False) for c in chunks]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
 
 
@@ -82,7 +90,9 @@ class _LinearCE(torch.autograd.Function):
         dh = torch.zeros_like(h) if need_h else None
         dw = db = None
         total = torch.zeros((), dtype=torch.float64, device=h.device)
-        for chunk in _chunks(len(rows), weight):
+        chunks = _chunks(len(rows), weight)
+        sum_dtype = torch.float32 if len(chunks) > MAX_NARROW_SUMS and weight.dtype.itemsize < 4 else weight.dtype
+        for chunk in chunks:
             x = h[rows[chunk]]  # (chunk, d)
             logits = _plain_logits(x, weight, bias, scale, softcap, vocab)
             loss, g = _chunk_loss(logits, labels[chunk], weights[chunk], vocab, smoothing, z_loss, softcap, need_grad=need)
@@ -93,12 +103,12 @@ class _LinearCE(torch.autograd.Function):
             if need_h:
                 dh[rows[chunk]] = g @ weight
             if need_w:
-                dw = g.t() @ x if dw is None else dw.addmm_(g.t(), x)
+                dw = _add_product(dw, g.t(), x, sum_dtype)
             if need_b:
                 db = g.sum(0) if db is None else db.add_(g.sum(0))
         ctx.grads = (
             dh,
-            torch.zeros_like(weight) if need_w and dw is None else dw,
+            torch.zeros_like(weight) if need_w and dw is None else None if dw is None else dw.to(weight.dtype),
             torch.zeros_like(bias) if need_b and db is None else db,
         )
         return total.to(weights.dtype)
@@ -108,6 +118,13 @@ class _LinearCE(torch.autograd.Function):
         assert ctx.grads is not None, "linear_ce can be backpropagated once only: its gradients were scaled in place"
         grads, ctx.grads = ctx.grads, None
         return *(None if g is None else g.mul_(incoming) for g in grads), None, None, None, None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b, in place; the first product makes the total."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if dtype == a.dtype else total.add_(a @ b)
 
 
 def _plain_logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab: VocabShard | None) -> Tensor:
@@ -134,7 +151,7 @@ def _chunk_loss(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The chunk's weighted loss () and its gradient by the (capped) logits (chunk, v_local); overwrites `logits`."""
-    slope = None if softcap is None or not need_grad else 1 - (logits / softcap) ** 2
+    slope = None if softcap is None or not need_grad else 1 - (_finite(logits) / softcap) ** 2
     local, own = _local_labels(labels, logits.shape[1], vocab)
     real = logits.shape[1] if vocab is None else max(0, min(logits.shape[1], vocab.size - vocab.start))  # columns that are no padding
     picked = logits.gather(1, local[:, None]).squeeze(1)

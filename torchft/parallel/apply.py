@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
+from torchft.errors import ConfigError
 from torchft.models.decoder import Decoder
 from torchft.parallel.compile import CompileConfig, apply_compile
 from torchft.parallel.fsdp import PrecisionConfig, apply_fsdp
-from torchft.parallel.mesh import Mesh, ParallelConfig
+from torchft.parallel.mesh import Mesh, ParallelConfig, check_degrees
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import Pipeline
 from torchft.parallel.recompute import MemoryConfig, apply_recompute
@@ -28,8 +29,15 @@ def parallelize(
     memory: MemoryConfig | None = None,
     compile: CompileConfig | None = None,
 ) -> Parts:
-    """Turns this rank's stages (on meta) into Parts with allocated, unset parameters. One process of one precision stays plain."""
+    """Turns this rank's stages (on meta) into Parts with allocated, unset parameters. One process of one precision stays plain.
+
+    Raises ConfigError for a layout that the model does not allow or that no test covers.
+    """
     precision, memory, compile = precision or PrecisionConfig(), memory or MemoryConfig(), compile or CompileConfig()
+    problems = list(check_degrees(mesh.degrees, modules[0].spec, parallel))
+    if problems:
+        raise ConfigError(problems)
+    assert mesh.device_mesh is not None or not precision.is_mixed, "mixed precision needs a mesh: build_mesh(..., mixed=True)"
     trainable = {name for module in modules for name, p in module.named_parameters() if p.requires_grad}
     reshard = parallel.fsdp.reshard_after_forward
     for module in modules:
@@ -40,13 +48,14 @@ def parallelize(
         if mesh.device_mesh is not None:
             apply_fsdp(module, mesh, precision, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard)
         module.to_empty(device=mesh.device)
-    return Parts(list(modules), mesh, _over_stages(trainable, mesh), _pipeline(modules, mesh, parallel, precision))
+    pipeline = _pipeline(modules, mesh, parallel, precision)
+    return Parts(list(modules), mesh, _over_stages(trainable, mesh), pipeline, parallel.fsdp.sync_every_micro_batch)
 
 
 def _pipeline(modules: Sequence[Decoder], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> Pipeline | None:
     if mesh.degrees["pp"] == 1:
         return None
-    return Pipeline(modules[0], mesh, parallel.schedule, precision.compute_dtype)
+    return Pipeline(modules[0], mesh, parallel.schedule, precision.compute_dtype, parallel.timeout_s)
 
 
 def _over_stages(names: set[str], mesh: Mesh) -> frozenset[str]:

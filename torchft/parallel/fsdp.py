@@ -23,7 +23,7 @@ DtypeName = Literal["fp32", "bf16", "fp64"]
 class PrecisionConfig:
     params: DtypeName = "fp32"  # parameters and optimizer state; bf16: pure bf16
     compute: DtypeName | None = None  # forward and backward; bf16 over fp32 params: mixed precision; null: as params
-    reduce: DtypeName | None = None  # gradient reduction over ranks; null: fp32 under bf16 compute
+    reduce: DtypeName | None = None  # FSDP2's gradient reduction; null: fp32 under bf16 compute (tp sums in compute precision)
     matmul: Literal["highest", "high", "medium"] = "highest"  # fp32 matrix products: high allows TF32 on CUDA
 
     def check(self) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ Degrees are checked against the number of processes and the model before anythin
 tests/dist holds equal to one process are listed in SUPPORTED; any other raises.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,7 +16,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchft.batch import Group
-from torchft.compat import flatten_mesh, join_meshes
+from torchft.compat import flatten_mesh, join_meshes, set_timeout
 from torchft.errors import ConfigError, Problem
 from torchft.models.spec import ModelSpec
 
@@ -30,6 +31,9 @@ SUPPORTED = (
 @dataclass
 class FsdpConfig:
     reshard_after_forward: bool | None = None  # free gathered parameters between forward and backward; null: yes, but not under pp
+    sync_every_micro_batch: bool = (
+        False  # reduce gradients after each micro-batch: whole gradients (4 bytes a parameter) aren't kept between
+    )
 
 
 @dataclass
@@ -39,7 +43,7 @@ class ParallelConfig:
     cp: int = 1  # context parallelism (not yet built: 1)
     tp: int = 1  # tensor parallelism; must divide the heads and the vocabulary
     pp: int = 1  # pipeline stages
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # pipeline schedule
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # pipeline schedule; gpipe keeps the activations of all micro-batches
     sequence_parallel: bool = True  # under tp, shard the tokens between blocks (memory); the numbers are the same
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)  # options of FSDP2
     timeout_s: float = 600.0  # a collective that takes longer ends the run
@@ -130,16 +134,30 @@ def check_degrees(degrees: dict[str, int], spec: ModelSpec, cfg: ParallelConfig)
             break
     if tp > 1 and set(spec.heads) != {"lm"}:
         yield Problem("parallel.tp", str(tp), 'a model whose only head is "lm"', "use parallel.tp=1")
+    if pp > 1 and cfg.fsdp.sync_every_micro_batch:
+        yield Problem(
+            "parallel.fsdp.sync_every_micro_batch", "true with parallel.pp", "false", "set it to false: a pipeline reduces once a step"
+        )
     if pp > spec.num_layers:
         yield Problem("parallel.pp", str(pp), f"at most num_layers={spec.num_layers}", f"use parallel.pp <= {spec.num_layers}")
 
 
-def build_mesh(degrees: dict[str, int], device: torch.device) -> Mesh:
-    """The mesh over the default process group; with degrees of all ones and no group, the identity."""
-    if not torch.distributed.is_initialized():
+def build_mesh(degrees: dict[str, int], device: torch.device, *, mixed: bool = False, timeout_s: float | None = None) -> Mesh:
+    """The mesh over the default process group. One process is the identity, unless `mixed` precision asks for a mesh of size 1.
+
+    timeout_s: of every axis's collectives; None: the backend's default.
+    """
+    if math.prod(degrees.values()) == 1 and not mixed:
         return Mesh(degrees, device)
+    assert torch.distributed.is_initialized(), (
+        "several processes, or mixed precision, need a process group: dist.init_world, dist.ensure_group"
+    )
     root = init_device_mesh(device.type, tuple(degrees[a] for a in AXES), mesh_dim_names=AXES)
     fsdp = flatten_mesh(root["dp_shard", "cp"], "fsdp")
     if degrees["dp_replicate"] > 1:
         fsdp = join_meshes([root["dp_replicate"], fsdp])
-    return Mesh(degrees, device, root, fsdp, flatten_mesh(root["dp_replicate", "dp_shard"], "dp"))
+    mesh = Mesh(degrees, device, root, fsdp, flatten_mesh(root["dp_replicate", "dp_shard"], "dp"))
+    if timeout_s is not None:
+        for part in (*(root[axis] for axis in AXES), flatten_mesh(root["dp_shard", "cp"], "fsdp"), mesh.dp):
+            set_timeout(part.get_group(), timeout_s)
+    return mesh

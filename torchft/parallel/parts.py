@@ -3,7 +3,7 @@
 A loop over micro-batches or a pipeline schedule; gradients summed over data ranks on the last micro-batch alone; names global.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ class Parts:
     mesh: Mesh
     trainable: frozenset[str]
     pipeline: Pipeline | None = None
+    sync_every_micro_batch: bool = False  # reduce gradients after each micro-batch: less memory, more traffic
 
     @property
     def has_first(self) -> bool:
@@ -52,10 +53,10 @@ class Parts:
         """Each value's sum over the data ranks, in fp64; cp, tp and pp peers hold the same batch and don't count. One collective."""
         return self._reduce_dp(torch.tensor(values, dtype=torch.float64, device=self.mesh.device)).tolist()
 
-    def forward_backward(self, batches: Sequence[Batch], loss: Loss, scale: float) -> Metrics:
+    def forward_backward(self, batches: Sequence[Batch], loss: Loss, scale: float) -> list[Metrics]:
         """Accumulates the gradients of scale * sum(loss) over this rank's micro-batches, reduced over all axes at the end.
 
-        Gives the metrics of this rank's micro-batches, on the last pipeline stage; empty on the others.
+        Gives the metrics of each micro-batch, on the last pipeline stage; none on the others.
         """
         seen: list[Metrics] = []
         batches = [self.place(batch) for batch in batches]
@@ -67,10 +68,10 @@ class Parts:
             module = self.modules[0]
             for i, (batch, reduce) in enumerate(zip(batches, reduces, strict=True)):
                 if isinstance(module, FSDPModule):
-                    module.set_requires_gradient_sync(i == len(batches) - 1)
+                    module.set_requires_gradient_sync(self.sync_every_micro_batch or i == len(batches) - 1)
                     module.set_is_last_backward(i == len(batches) - 1)
                 module(batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce).backward()
-        return _add_up(seen)
+        return seen
 
     @torch.no_grad()
     def forward_only(self, batches: Sequence[Batch], fn: Callable[[Tensor, Heads, Batch, Across], Tensor]) -> list[Tensor] | None:
@@ -81,16 +82,25 @@ class Parts:
         training = self.modules[0].training
         for module in self.modules:
             module.eval()
-        if self.pipeline:
-            self.pipeline.run(batches, reduces, backward=False)
-        else:
-            for batch, reduce in zip(batches, reduces, strict=True):
-                self.modules[0](batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce)
-        for module in self.modules:
-            module.train(training)
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the root stays gathered after a forward; after new weights are loaded it would be stale
+        try:
+            if self.pipeline:
+                self.pipeline.run(batches, reduces, backward=False)
+            else:
+                for batch, reduce in zip(batches, reduces, strict=True):
+                    self.modules[0](batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce)
+        finally:
+            for module in self.modules:
+                module.train(training)
+            self._reshard()
         return results if self.has_last else None
+
+    def _reshard(self) -> None:
+        """Frees gathered parameters. What stays gathered after a forward would be stale after an update, and would be saved in the
+        compute precision instead of the parameters."""
+        for root in self.modules:
+            for module in root.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # not recursive
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Clips all gradients to max_norm (None: no clipping); their norm over all axes before that, the same on every rank."""
@@ -141,10 +151,11 @@ def _result_of(fn: Callable, batch: Batch, results: list[Tensor]) -> Callable[[T
     return reduce
 
 
-def _add_up(seen: list[Metrics]) -> Metrics:
+def add_up(seen: Iterable[Metrics]) -> Metrics:
+    """The sums over micro-batches, in fp64."""
     total: Metrics = {}
     for metrics in seen:
         for name, (value, count) in metrics.items():
-            before = total.get(name)
-            total[name] = (value, count) if before is None else (before[0] + value, before[1] + count)
+            before = total.get(name, (0.0, 0.0))
+            total[name] = (before[0] + value.double(), before[1] + count.double())
     return total

@@ -10,6 +10,7 @@ stage: their gradients are summed after backward, and only the first counts in n
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.spec import ModelSpec
 from torchft.parallel.mesh import Mesh
 
+MAX_SCHEDULES = 4  # kept at once; each holds receive buffers for its shape
 SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 
 
@@ -46,12 +48,13 @@ def build_stages(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> list[Decode
 
 @dataclass
 class Pipeline:
-    """Runs this rank's stage. Schedules are kept by (shape, number of micro-batches, mode)."""
+    """Runs this rank's stage. The last few schedules are kept by (shape, number of micro-batches, mode)."""
 
     module: Decoder
     mesh: Mesh
     schedule: str
     compute_dtype: torch.dtype
+    timeout_s: float = 600.0
 
     def __post_init__(self):
         self._built: dict[tuple, Any] = {}
@@ -63,6 +66,8 @@ class Pipeline:
         assert all(batch.tokens.shape == (b, t) for batch in batches), "micro-batches of a step must have one shape under pp"
         key = (b, t, len(batches), backward)
         if key not in self._built:
+            if len(self._built) >= MAX_SCHEDULES:
+                del self._built[next(iter(self._built))]
             self._built[key] = self._build(*key)
         args = [(batch.tokens,) if self.module.first else () for batch in batches]
         pairs = zip(batches, reduces, strict=True)
@@ -101,7 +106,7 @@ class Pipeline:
         lines = self.mesh.device_mesh.mesh.flatten(1).t().tolist()  # ranks of each pipeline, first stage first
         mine = None
         for line in lines:
-            group = dist.new_group([line[0], line[-1]])
+            group = dist.new_group([line[0], line[-1]], timeout=timedelta(seconds=self.timeout_s))
             if dist.get_rank() in (line[0], line[-1]):
                 mine = group
         return mine

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchft.errors import Problem
+from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.init import fill_blocks
 from torchft.peft.select import select_modules
 
@@ -42,10 +43,15 @@ class LoraMixin:
 
 
 def apply_lora(modules: Sequence[nn.Module], cfg: LoraConfig) -> None:
-    """Freezes all parameters of this rank's stages and puts an adapter on every selected linear; values are set by init_lora."""
+    """Freezes all parameters of this rank's stages and puts an adapter on every selected linear; values are set by init_lora.
+
+    Globs are matched against the whole model, so every pipeline stage comes to the same verdict. Raises ConfigError.
+    """
     for root in modules:
         root.requires_grad_(False)
-    for _, module in select_modules(modules, cfg.targets, cfg.exclude, nn.Linear, key="adapter.targets"):
+    whole = [build_decoder(root.spec) for root in modules[:1] if isinstance(root, Decoder)] or modules
+    chosen = {name for name, _ in select_modules(whole, cfg.targets, cfg.exclude, nn.Linear, key="adapter.targets")}
+    for module in (module for root in modules for name, module in root.named_modules() if name in chosen):
         options = {"device": module.weight.device, "dtype": module.weight.dtype}
         module.__class__ = lora_class_of(type(module))
         module.lora_factor = cfg.alpha / cfg.rank

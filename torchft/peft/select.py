@@ -13,14 +13,17 @@ def select_modules(
 ) -> list[tuple[str, nn.Module]]:
     """The submodules of `of_type` whose global name matches a target and no exclusion, with their names, in the model's order.
 
-    Raises ConfigError naming `key` for targets without a match, with the names there are.
+    Raises ConfigError naming `key` for patterns without a match, with the names there are, and if nothing is left.
     """
     named = [(name, module) for root in modules for name, module in root.named_modules() if isinstance(module, of_type)]
-    unmatched = [pattern for pattern in targets if not any(matches(name, [pattern]) for name, _ in named)]
+    unmatched = [pattern for pattern in (*targets, *exclude) if not any(matches(name, [pattern]) for name, _ in named)]
     if unmatched or not targets:
         leaves = sorted({name.rsplit(".", 1)[-1] for name, _ in named})
         raise ConfigError(Problem(key, ", ".join(unmatched) or "nothing", "globs that match a module", f"use some of {leaves}"))
-    return [(name, module) for name, module in named if matches(name, targets) and not matches(name, exclude)]
+    chosen = [(name, module) for name, module in named if matches(name, targets) and not matches(name, exclude)]
+    if not chosen:
+        raise ConfigError(Problem(key, f"{targets} without {exclude}", "at least one module", "exclude fewer modules"))
+    return chosen
 
 
 def matches(name: str, patterns: list[str]) -> bool:

@@ -25,12 +25,12 @@ from torchft.faults import fire
 from torchft.metrics.flops import flops_per_token, mfu, peak_tflops
 from torchft.metrics.memory import peak_gib
 from torchft.metrics.meters import StepMeter
-from torchft.metrics.rows import train_row
+from torchft.metrics.rows import train_row, validation_row
 from torchft.metrics.sinks import Sinks, build_sinks
 from torchft.models.spec import ModelSpec
 from torchft.parallel.mesh import build_mesh, resolve_degrees
 from torchft.parallel.parts import Parts
-from torchft.train.lock import take_lock
+from torchft.train.lock import Lock
 from torchft.train.step import StepStats
 
 logger = log.get_logger(__name__)
@@ -46,20 +46,21 @@ class Run:
         log.setup(int(dist.environment("RANK", "0")))
         self.cfg = cfg
         self.world = dist.init_world(cfg.device, cfg.parallel.timeout_s)
-        if cfg.precision.is_mixed:
-            dist.ensure_group(self.world)
+        mixed, timeout_s = cfg.precision.is_mixed, cfg.parallel.timeout_s
+        if mixed:
+            dist.ensure_group(self.world, timeout_s)
         torch.set_float32_matmul_precision(cfg.precision.matmul)
-        self.mesh = build_mesh(resolve_degrees(cfg.parallel, self.world.size), self.world.device)
+        degrees = resolve_degrees(cfg.parallel, self.world.size)
+        self.mesh = build_mesh(degrees, self.world.device, mixed=mixed, timeout_s=timeout_s)
         self.folder = Path(cfg.output_dir)
         self.config_hash = hashlib.sha256(json.dumps(config_dict(cfg), sort_keys=True, default=str).encode()).hexdigest()
         self.started = time.monotonic()
         self.step, self.tokens_total, self.skipped_steps, self._skipped_in_row = 0, 0, 0, 0
         self.sinks, self.meter = Sinks({}), StepMeter(0)
+        self._stop_asked, self.stopped = False, False
+        self._handlers: dict[int, Any] = {}
+        self._lock: Lock | None = None
         self._claim_folder()
-        self._stop_asked = False
-        self.stopped = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask_to_stop)
 
     def begin(self, spec: ModelSpec, parts: Parts, *, num_steps: int, seq_len: int) -> None:
         """Opens the sinks, once the number of steps and the step to go on from are known."""
@@ -73,7 +74,12 @@ class Run:
         logger.info("%s on %s, %s", left, self.mesh.describe(), self.world.device.type)
 
     def steps(self, last: int) -> Iterator[int]:
-        """The numbers of the steps still to make, each timed until `log`; ends early, `stopped`, on all ranks together."""
+        """The numbers of the steps still to make, each timed until `log`; ends early, `stopped`, on all ranks together.
+
+        From here to the run's end SIGTERM and Ctrl-C are held until the work at hand is saved; before, they end the process at once.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._ask_to_stop)
         while self.step < last and not self.stopped:
             self.meter.start()
             fire("step", step=self.step + 1)
@@ -106,11 +112,11 @@ class Run:
             self.sinks.write(row, timing.eta_s)
         self._count_skip(step, stats)
 
-    def log_validation(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Writes the row of a validation after `step` (0: before the first); the metrics as named there, val/<name>/loss."""
-        named = {f"val/{key}": value for key, value in metrics.items()}
-        self.sinks.write({"step": step, "time": time.time(), **named})
-        return named
+    def log_validation(self, step: int, metrics: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Writes the row of a validation after `step` (0: before the first), metrics by source; they as named there, val/<name>/loss."""
+        row = validation_row(step, time.time(), metrics)
+        self.sinks.write(row)
+        return {key: value for key, value in row.items() if key.startswith("val/")}
 
     def counters(self) -> dict[str, Any]:
         """This run's part of a checkpoint's state.json."""
@@ -125,11 +131,15 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Closes the sinks and gives the folder back, whatever happened."""
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Closes the sinks and gives the folder and the signals back, whatever happened."""
+        if isinstance(error, TorchftError):
+            self.sinks.event("failed", self.step + 1, reason=str(error))
         self.sinks.close()
-        if self.world.rank == 0:
-            (self.folder / "lock").unlink(missing_ok=True)
+        if self._lock:
+            self._lock.release()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _count_skip(self, step: int, stats: StepStats) -> None:
         self._skipped_in_row = self._skipped_in_row + 1 if stats.skipped else 0
@@ -150,7 +160,7 @@ class Run:
         if self.world.rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                take_lock(self.folder / "lock")
+                self._lock = Lock(self.folder / "lock")
                 save_config(self.cfg, self.folder / "config.yaml")
                 facts = {"versions": {"torchft": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}}
                 facts |= {"mesh": self.mesh.degrees, "device": self.world.device.type, "command": sys.argv, "started": time.time()}
@@ -159,29 +169,32 @@ class Run:
                 problem = str(error)
         problem = dist.broadcast_object(problem)
         if problem:
+            if self._lock:
+                self._lock.release()
             raise ConfigError(f"output_dir={self.cfg.output_dir} can't be used\n  given:    {problem}")
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         if self._stop_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop_asked = True
-        logger.warning("%s: saving and stopping after this step", signal.Signals(number).name)
+        logger.warning("%s: stopping as soon as this step is saved", signal.Signals(number).name)
 
 
 def run_recipe(main: Callable[[list[str]], int]) -> None:
     """Runs a recipe's main(argv) -> exit code as a program: a user's error is printed without a traceback, and the process ends
     with its exit code (docs/config.md has the table)."""
-    rank = int(dist.environment("RANK", "0"))
+    rank, local_rank = (int(dist.environment(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    together = False
     try:
         code = main(sys.argv[1:])
+        together = True
     except TorchftError as error:
-        whole = f"{type(error).__name__}: {error}"
-        if rank == 0 or not isinstance(error, ConfigError):  # every rank sees the same config
-            print(whole if rank == 0 else f"[rank {rank}] {whole.splitlines()[0]}", file=sys.stderr)
+        whole = f"{type(error).__name__}: {error}"  # in full once a host: a file may be missing on one of them alone
+        print(whole if rank == 0 else f"[rank {rank}] {whole if local_rank == 0 else whole.splitlines()[0]}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except Exception:
         traceback.print_exc()
         code = 1
-    dist.shutdown(code)
+    dist.shutdown(code, together=together)

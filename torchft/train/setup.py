@@ -1,6 +1,6 @@
 """Everything a training recipe needs, built in the one right order: `build_job(cfg, run)`.
 
-    checks --> text, caches --> stages on meta --> parallelize --> weights --> optimizer --> loader --> resume
+    checks --> text, caches --> loader, schedule --> stages on meta --> parallelize --> optimizer --> resume, or weights
 
 Nothing is allocated before every check has passed. A recipe's loop then uses the Job's parts.
 """
@@ -25,7 +25,7 @@ from torchft.losses.cross_entropy import build_loss
 from torchft.models.build import read_config, spec_of_size
 from torchft.models.init import init_weights
 from torchft.models.spec import ModelSpec
-from torchft.optim.build import build_optimizer, check_rules
+from torchft.optim.build import build_optimizer
 from torchft.optim.schedules import build_schedule
 from torchft.parallel.apply import parallelize
 from torchft.parallel.mesh import Mesh
@@ -104,14 +104,14 @@ class Job:
     validation: dict[str, TokenCache]
     num_steps: int
 
-    def validate(self) -> dict[str, float]:
-        """Every validation source's metrics, as `<name>/loss`, on every rank."""
+    def validate(self) -> dict[str, dict[str, float]]:
+        """Every validation source's metrics, by source, on every rank."""
         passes = validation_passes(self.validation, self.data, self.rows, self.text)
-        return {f"{name}/{key}": v for name, steps in passes.items() for key, v in evaluate(self.parts, steps, self.loss).items()}
+        return {name: evaluate(self.parts, steps, self.loss) for name, steps in passes.items()}
 
 
 def build_job(cfg, run: Run) -> Job:
-    """cfg: a recipe's config (contract's sections). Raises ConfigError, DataError or CheckpointError on every rank alike."""
+    """cfg: a recipe's config. Raises ConfigError, DataError or CheckpointError; a rank that fails alone is ended by the launcher."""
     mesh, world = run.mesh, run.world
     spec = read_config(cfg.model.path)[0] if cfg.model.path else spec_of_size(cfg.model.family, cfg.model.size)
     problems = list(check_job(cfg, spec, mesh))
@@ -120,9 +120,10 @@ def build_job(cfg, run: Run) -> Job:
     text = build_text(cfg.tokenizer, cfg.model.path)
     train = build_caches(cfg.data.train, text, cfg.data, world)
     validation = dict(zip(cfg.data.validation, build_caches(cfg.data.validation.values(), text, cfg.data, world), strict=True))
-    parts = build_parts(cfg, spec, mesh)
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     loader = build_loader(train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
+    build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps or loader.num_steps(cfg.train.epochs))  # raises if it does not fit
+    parts = build_parts(cfg, spec, mesh)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
     saved: dict[str, Any] = {}  # filled below; the store asks for it at each save
     store = Store(
@@ -162,11 +163,7 @@ def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
 def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     """The parallelised model, allocated, its values not yet set."""
     modules = build_stages(spec, mesh, DTYPES[cfg.precision.params])
-    parts = parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
-    problems = list(check_rules(parts.trainable, cfg.optim))
-    if problems:
-        raise ConfigError(problems)
-    return parts
+    return parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
 
 
 def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:

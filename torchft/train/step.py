@@ -7,15 +7,17 @@ the number of ranks can't change the gradient.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from torchft.batch import Across, Batch, Loss
-from torchft.errors import NumericError
-from torchft.parallel.parts import Metrics, Parts
+from torchft.batch import Across, Batch, Heads, Loss
+from torchft.dist import gather_objects
+from torchft.errors import NumericError, Problem
+from torchft.parallel.parts import Metrics, Parts, add_up
 
 
 @dataclass
@@ -24,6 +26,10 @@ class NonFinite:
 
     action: Literal["stop", "skip"] = "stop"  # stop: end the run at once; skip: leave the weights as they are and go on
     max_in_row: int = 3  # stop after so many skipped steps in a row
+
+    def check(self) -> Iterator[Problem]:
+        if self.max_in_row < 1:
+            yield Problem("train.nonfinite.max_in_row", str(self.max_in_row), "1 or more", "use 3, or train.nonfinite.action=stop")
 
 
 @dataclass
@@ -45,33 +51,39 @@ def train_step(
     A step without any trained token on any rank moves nothing and says so in `skipped`.
     """
     count, num_tokens = parts.sum_over_dp(math.fsum(map(loss.count, batches)), sum(batch.num_tokens for batch in batches))
-    metrics = parts.forward_backward(batches, loss, scale=1.0 / count if count else 0.0)
+    seen = parts.forward_backward(batches, loss, scale=1.0 / count if count else 0.0)
     norm = float(parts.clip(max_norm).item())
     skipped = "" if count and math.isfinite(norm) else "no trained tokens" if not count else "loss or gradients not finite"
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if not math.isfinite(norm) and nonfinite.action == "stop":
-        ids = ", ".join(f"{i.source}[{i.index}] epoch {i.epoch}" for batch in batches for i in batch.ids[:4])
-        raise NumericError(
-            f"loss or gradients are not finite\n  given:    gradient norm {norm}; samples of this rank: {ids} ...\n"
-            "  expected: a finite number\n  fix:      look at these samples, lower optim.lr, or set train.nonfinite.action=skip"
-        )
-    return StepStats(metrics, count, norm, int(num_tokens), skipped)
+        raise NumericError(_blame(batches, seen, norm))
+    return StepStats(add_up(seen), count, norm, int(num_tokens), skipped)
 
 
-def evaluate(parts: Parts, steps: Sequence[Sequence[Batch]], loss: Loss) -> dict[str, float]:
+def _blame(batches: Sequence[Batch], seen: Sequence[Metrics], norm: float) -> str:
+    """The message of a step that is not finite, naming the samples of the micro-batches whose loss was not; a collective."""
+    bad = [batch for batch, metrics in zip(batches, seen, strict=False) if not math.isfinite(metrics["loss"][0].item())]
+    mine = [f"{i.source}[{i.index}] epoch {i.epoch}" for batch in bad for i in batch.ids]
+    found = sorted({name for names in gather_objects(mine) for name in names})
+    samples = f"samples in micro-batches with such a loss: {', '.join(found)}" if found else "every loss was finite, the backward was not"
+    return (
+        f"loss or gradients are not finite\n  given:    gradient norm {norm}; {samples}\n  expected: a finite number\n"
+        "  fix:      look at these samples, lower optim.lr, or set train.nonfinite.action=skip"
+    )
+
+
+def evaluate(parts: Parts, steps: Iterable[Sequence[Batch]], loss: Loss) -> dict[str, float]:
     """The metrics over all batches of all data ranks, weighted by their counts, on every rank: independent of batch size, padding
     and world size. Every rank must give the same number of steps and micro-batches."""
-    total: Metrics = {}
+    total: list[Metrics] = []
 
-    def one(hidden, heads, batch: Batch, at: Across):
+    def one(hidden: Tensor, heads: Heads, batch: Batch, at: Across) -> Tensor:
         out = loss(hidden, heads, batch, at)
-        for name, (value, count) in out.metrics.items():
-            before = total.get(name, (0.0, 0.0))
-            total[name] = (before[0] + value.double(), before[1] + count.double())
+        total[:] = [add_up([*total, out.metrics])]
         return out.total
 
     for batches in steps:
         parts.forward_only(batches, one)
-    return parts.reduce_metrics(total)
+    return parts.reduce_metrics(add_up(total))

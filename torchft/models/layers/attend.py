@@ -22,6 +22,9 @@ class SdpaCore(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor | None) -> Tensor:
         """q (b, heads, tq, head_dim), k and v (b, kv_heads, tk, head_dim) -> (b, heads, tq, head_dim)."""
         grouped = q.shape[1] != k.shape[1]
+        if grouped and prepared is not None and q.is_cuda:  # CUDA's fused kernels take a mask or grouped heads, not both
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
         return F.scaled_dot_product_attention(q, k, v, attn_mask=prepared, is_causal=prepared is None, enable_gqa=grouped)
 
 
