@@ -1,11 +1,11 @@
 """Write the quickstart's data set: a sentence that books a table -> one line of JSON.
 
     Could we have a table for six on Friday at half past seven? The name is Nora.
-    {"name":"Nora","day":"Fri","time":"19:30","people":6}
+    {"name":"Nora","day":"Fri","time":"7:30","people":6}
 
-The skill is to copy a name, to shorten a day, to turn a spoken hour into the 24-hour clock and a number word into a digit. All the text
-is made here. Every choice is a hash of (split, row, field), so the files are the same bytes on every machine and Python version. No
-held-out booking occurs in the training set; every fourth held-out row has a name, every fifth a phrasing that is never trained on.
+The skill is to find and copy a name, to shorten a day, and to turn spoken hours and number words into figures. All the text is made here.
+Every choice is a hash of (split, row, field), so the files are the same bytes on every machine and Python version. No held-out booking
+occurs in the training set; every fourth held-out row has a name, every fifth a phrasing that is never trained on.
 
     python scripts/make_quickstart_data.py [--out FOLDER]
 """
@@ -53,7 +53,7 @@ class Booking(NamedTuple):
 
     name: str
     day: str  # three letters
-    time: str  # 24-hour clock
+    time: str  # h:mm, in the evening
     people: int
 
     def reply(self) -> str:
@@ -106,12 +106,11 @@ def _example(split: str, candidate: int, row: int) -> tuple[str, Booking]:
 
 
 def _time(hour: int, minute: str, style: str) -> tuple[str, str]:
-    """An hour of the evening, 5 to 9, as it is spoken and as the 24-hour clock shows it."""
-    clock = f"{hour + 12}:{minute}"
+    """A time as it is spoken and as the reply gives it."""
     word = NUMBERS[hour - 1]
     if style == "words":
-        return {"00": f"{word} o'clock", "30": f"half past {word}", "15": f"a quarter past {word}"}[minute], clock
-    return (f"{hour} pm" if minute == "00" else f"{hour}:{minute} pm"), clock
+        return {"00": f"{word} o'clock", "30": f"half past {word}", "15": f"a quarter past {word}"}[minute], f"{hour}:{minute}"
+    return (f"{hour} pm" if minute == "00" else f"{hour}:{minute} pm"), f"{hour}:{minute}"
 
 
 def _hash(*parts: object) -> int:

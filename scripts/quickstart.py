@@ -67,10 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The whole of it; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="take the tiny random model at once, without trying to get the real one")
+    parser.add_argument("--fetch", action="store_true", help="only fetch and convert the model: exit code 1 if it can't be had")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder goes (default: runs)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe, e.g. optim.lr=1e-4")
     args = parser.parse_args(argv)
     try:
+        if args.fetch:
+            return 0 if smollm2() else 1
         return run(args.out.resolve(), args.overrides, tiny=args.tiny)
     except TorchftError as error:
         print(error, file=sys.stderr)
@@ -204,6 +207,7 @@ def train(model: Path, folder: Path, overrides: list[str]) -> int:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     processes = max(n for n in (1, 2, 4) if n <= num_gpus) if num_gpus else NUM_PROCESSES
     recipe = [str(ROOT / "recipes" / "full_finetune.py"), "--config", str(CONFIG), f"model.path={model}", f"output_dir={folder}"]
+    recipe.append(f"train.micro_batch_size={max(1, 4 // processes)}")  # all of a process's rows at once
     if not num_gpus and not bf16_is_faster():
         recipe.append("precision.compute=fp32")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *recipe, *overrides]
