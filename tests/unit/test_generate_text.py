@@ -52,6 +52,8 @@ def test_special_tokens_between_sentencepiece_texts(tmp_path):
     tokenizer = load_tokenizer(make_sp_tokenizer(tmp_path))
     special = tokenizer.special_tokens["<|im_end|>"]
     words = [tokenizer.encode(word) for word in (" The", "The", " ", "é 😀", "  user")]
+    space = next(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "" and tokenizer.decode([*words[1], i]) == "The ")
+    words += [[space], [space]]  # a space alone has no text of its own at the beginning
     rng = random.Random(1)
     for _ in range(200):
         ids = [i for _ in range(6) for i in (rng.choice(words) if rng.random() < 0.7 else [special])]

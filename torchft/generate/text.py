@@ -48,12 +48,9 @@ class Detokenizer:
         return piece
 
     def _move_on(self) -> None:
-        """The newest tokens become the context, if they have text of their own."""
-        newest = self._ids[self._context :]
-        text = self._tokenizer.decode(newest)
-        if text:
-            self._ids, self._given = newest, text
-        self._context = len(self._ids)
+        """The newest tokens become the context."""
+        self._ids = self._ids[self._context :]
+        self._context, self._given = len(self._ids), self._tokenizer.decode(self._ids)
 
 
 class StopTexts:
