@@ -17,6 +17,7 @@ VERBS = {
     "cat": ("torchft.cli.cat", "print a recipe or a config"),
     "cp": ("torchft.cli.cp", "copy a recipe or a config, to change it"),
     "diff": ("torchft.cli.diff", "the keys in which two configs or run folders differ"),
+    "chat": ("torchft.cli.chat", "talk to a model in the terminal"),
     "generate": ("torchft.cli.generate", "continue the prompts of a file"),
     "convert": ("torchft.cli.convert", "write a model as a complete HF folder"),
     "doctor": ("torchft.cli.doctor", "check this installation: versions, devices, clashes, disk"),
