@@ -13,6 +13,8 @@ from torchft.errors import TorchftError
 
 # verb -> its module, one line of help
 VERBS = {
+    "run": ("torchft.cli.run", "check a recipe's config, then start it on one or many processes"),
+    "validate": ("torchft.cli.validate", "check a config, its model and its data without starting"),
     "ls": ("torchft.cli.ls", "list the recipes and configs that ship"),
     "cat": ("torchft.cli.cat", "print a recipe or a config"),
     "cp": ("torchft.cli.cp", "copy a recipe or a config, to change it"),
@@ -21,6 +23,7 @@ VERBS = {
     "generate": ("torchft.cli.generate", "continue the prompts of a file"),
     "convert": ("torchft.cli.convert", "write a model as a complete HF folder"),
     "doctor": ("torchft.cli.doctor", "check this installation: versions, devices, clashes, disk"),
+    "completion": ("torchft.cli.completion", "print completion for a shell: bash or zsh"),
 }
 
 
