@@ -173,6 +173,11 @@ def environment(name: str, default: str = "") -> str:
     return os.environ.get(name, default)
 
 
+def child_environment(**more: str) -> dict[str, str]:
+    """This process's environment with `more`, for a process it starts."""
+    return {**os.environ, **more}
+
+
 def shutdown(code: int = 0, *, together: bool = True) -> None:
     """Ends this process with `code`: flush, leave the group, exit. Does not return in a process group.
 

@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct, converted from its GGUF file, against transformers reading the same file. Skips where the file isn't cached."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,13 +7,13 @@ import torch
 
 from tests.parity.test_llama import run
 from torchft.checkpoint.hf import load_hf
+from torchft.cli.main import main
 from torchft.models.build import read_config, spec_of_size
 from torchft.models.decoder import build_decoder
 
 transformers = pytest.importorskip("transformers")
 
 GGUF = Path.home() / ".cache" / "torchft" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"
 PROMPTS = ["What is the capital of France?", "Write a haiku about the sea.", "Count from 12 to 15."]
 TEXTS = [
     "The capital of France is Paris.",
@@ -28,11 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not GGUF.is_file(), reason=f"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The converted folder, in fp32."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     path = tmp_path_factory.mktemp("smollm2") / "hf"
-    assert script.main([str(GGUF), str(path)]) == 0
+    assert main(["convert", str(GGUF), str(path)]) == 0
     return path
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchft.errors import NumericError
-from torchft.generate.sampling import SamplingConfig, probabilities, sample
+from torchft.generate.sampling import Penalties, SamplingConfig, build_penalties, probabilities, sample
 
 P = torch.tensor([[0.05, 0.5, 0.15, 0.3]])
 
@@ -120,3 +120,71 @@ def test_impossible_settings(key, value):
     """Each impossible value is one problem that names its key; the defaults are none."""
     assert [problem.key for problem in SamplingConfig(**{key: value}).check()] == [f"sampling.{key}"]
     assert not list(SamplingConfig().check())
+
+
+@pytest.mark.parametrize("min_p, kept", [(0.0, {0, 1, 2, 3}), (0.2, {1, 2, 3}), (0.31, {1, 3}), (0.61, {1}), (1.0, {1})])
+def test_min_p_by_hand(min_p, kept):
+    """Tokens at least min_p times as likely as the likeliest stay: 0.05, 0.5, 0.15 and 0.3 against 0.5."""
+    p = probabilities(P.log(), SamplingConfig(temperature=1.0, min_p=min_p))[0]
+    assert {i for i in range(4) if p[i] > 0} == kept
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+@pytest.mark.parametrize("top_k, top_p, min_p", [(None, 1.0, 0.0), (12, 0.9, 0.0), (None, 1.0, 0.1), (20, 0.95, 0.05), (None, 0.8, 0.02)])
+def test_probabilities_equal_transformers(temperature, top_k, top_p, min_p):
+    """The kept tokens and their probabilities are those of HF's temperature, top-k, top-p and min-p processors in HF's order."""
+    logits_process = pytest.importorskip("transformers.generation.logits_process")
+    logits = 3 * torch.randn(32, 60, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    processors = [logits_process.TemperatureLogitsWarper(temperature)]
+    processors += [logits_process.TopKLogitsWarper(top_k)] if top_k else []
+    processors += [logits_process.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    processors += [logits_process.MinPLogitsWarper(min_p)] if min_p else []
+    want = logits
+    for processor in processors:
+        want = processor(None, want)
+    got = probabilities(logits, SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
+    assert torch.allclose(got / got.sum(-1, keepdim=True), want.softmax(-1), atol=1e-12)
+    assert torch.equal(got > 0, want > float("-inf"))
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.3])
+def test_repetition_penalty_equals_transformers(factor):
+    """Tokens of the prompt and of the reply so far, once each, positive and negative logits: HF's processor on prompt + reply."""
+    logits_process = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(5))
+    prompts, replies = [[1, 1, 2], [3, 19, 0], [7, 7, 7]], [[4, 2], [3, 3], [8, 9]]
+    penalties = Penalties(SamplingConfig(repetition_penalty=factor), prompts, 20, logits.device)
+    for tokens in zip(*replies):
+        penalties.add(tokens)
+    so_far = torch.tensor([p + r for p, r in zip(prompts, replies)])
+    want = logits_process.RepetitionPenaltyLogitsProcessor(factor)(so_far, logits)
+    assert torch.equal(penalties.apply(logits), want)
+    penalties.keep_rows(torch.tensor([2, 0]))
+    assert torch.equal(penalties.apply(logits[[2, 0]]), want[[2, 0]])
+
+
+def test_presence_penalty():
+    """What the reply holds loses the penalty once, however often it came; tokens of the prompt alone lose nothing."""
+    penalties = Penalties(SamplingConfig(presence_penalty=0.5), [[1, 2]], 6, torch.device("cpu"))
+    for token in (3, 3, 1):
+        penalties.add([token])
+    assert penalties.apply(torch.zeros(1, 6)).tolist() == [[0.0, -0.5, 0.0, -0.5, 0.0, 0.0]]
+    assert build_penalties(SamplingConfig(), [[1]], 6, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    "settings, key",
+    [
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"num_samples": 2}, "num_samples"),  # greedy: twice the same
+        ({"stop": ["x", ""]}, "stop"),
+        ({"prefill_chunk": 0}, "prefill_chunk"),
+    ],
+)
+def test_impossible_further_settings(settings, key):
+    """Each is one problem that names its key."""
+    assert [problem.key for problem in SamplingConfig(**settings).check()] == [f"sampling.{key}"]

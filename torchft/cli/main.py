@@ -1,7 +1,7 @@
 """The command `torchft`: a table of verbs, one module each, imported only when called, so that `--help` needs no torch.
 
-Training is not a verb: recipes are started with torchrun (README). A verb's module has `add_arguments(parser)` and
-`run(arguments) -> exit code`.
+A verb's module has `add_arguments(parser)` and `run(arguments) -> exit code`, and nothing but the reading of its arguments: what it does
+stands in the library. A verb that takes `key=value` has them in `arguments.overrides`.
 """
 
 import argparse
@@ -13,7 +13,17 @@ from torchft.errors import TorchftError
 
 # verb -> its module, one line of help
 VERBS = {
+    "run": ("torchft.cli.run", "check a recipe's config, then start it on one or many processes"),
+    "validate": ("torchft.cli.validate", "check a config, its model and its data without starting"),
+    "ls": ("torchft.cli.ls", "list the recipes and configs that ship"),
+    "cat": ("torchft.cli.cat", "print a recipe or a config"),
+    "cp": ("torchft.cli.cp", "copy a recipe or a config, to change it"),
+    "diff": ("torchft.cli.diff", "the keys in which two configs or run folders differ"),
+    "chat": ("torchft.cli.chat", "talk to a model in the terminal"),
+    "generate": ("torchft.cli.generate", "continue the prompts of a file"),
+    "convert": ("torchft.cli.convert", "write a model as a complete HF folder"),
     "doctor": ("torchft.cli.doctor", "check this installation: versions, devices, clashes, disk"),
+    "completion": ("torchft.cli.completion", "print completion for a shell: bash or zsh"),
 }
 
 
@@ -23,16 +33,34 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="torchft", description="Pretrain, fine-tune and align language models in native PyTorch.")
     parser.add_argument("--version", action="version", version=f"torchft-llm {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    called = next((word for word in argv if not word.startswith("-")), "")
     for verb, (module, text) in VERBS.items():
         verb_parser = verbs.add_parser(verb, help=text, description=text)
-        if verb in argv:
+        if verb == called:
             importlib.import_module(module).add_arguments(verb_parser)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    _take_overrides(arguments, rest, verbs.choices[arguments.verb])
     try:
         return importlib.import_module(VERBS[arguments.verb][0]).run(arguments)
     except TorchftError as e:
         print(e, file=sys.stderr)
         return e.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `torchft cat NAME | head`
+        sys.stderr.close()
+        return 0
+
+
+def _take_overrides(arguments: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    """argparse does not find positional arguments on both sides of an option: `key=value` after one are in `rest`."""
+    if not hasattr(arguments, "overrides"):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return
+    arguments.overrides = [*arguments.overrides, *rest]
+    if wrong := [word for word in arguments.overrides if word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)} (settings are written key=value)")
 
 
 if __name__ == "__main__":

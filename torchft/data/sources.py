@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,31 @@ def open_records(cfg: SourceConfig) -> Records:
     if not len(index):
         raise DataError(f"{cfg.path}: given no record (empty file, or an empty array), expected at least one")
     return Records(cfg.name or _name(cfg.path), hasher.hexdigest(), files, index)
+
+
+def first_records(cfg: SourceConfig, count: int) -> Iterator[tuple[dict, str]]:
+    """(record, "file:line") of the first `count` records of each file, read without the pass over all of it that `open_records` makes
+    (a JSON array is read whole). Raises DataError as it does."""
+    found = False
+    for path in _find(cfg.path):
+        for record in _first_of_array(cfg, path, count) if _is_array(path) else _first_lines(path, count):
+            found = True
+            yield record
+    if not found:
+        raise DataError(f"{cfg.path}: given no record (empty file, or an empty array), expected at least one")
+
+
+def _first_of_array(cfg: SourceConfig, path: str, count: int) -> Iterator[tuple[dict, str]]:
+    records = open_records(replace(cfg, path=path))
+    for _, record, where in records.read(0, min(count, len(records))):
+        yield record, where
+
+
+def _first_lines(path: str, count: int) -> Iterator[tuple[dict, str]]:
+    with open(path, "rb") as file:
+        filled = ((number, line) for number, line in enumerate(file, 1) if line.removeprefix(BOM).strip())
+        for number, line in islice(filled, count):
+            yield _parse(_decode(line.removeprefix(BOM).rstrip(), path, number), path, number), f"{path}:{number}"
 
 
 def _name(path: str) -> str:

@@ -36,6 +36,7 @@ from torchft.train.step import StepStats
 logger = log.get_logger(__name__)
 
 STOPPED = 75  # exit code: asked to stop, and saved
+EXIT_CODES = "TORCHFT_EXIT_CODES"  # environment: the file for exit codes of a process that `torchft run` started
 
 
 class Run:
@@ -197,4 +198,13 @@ def run_recipe(main: Callable[[list[str]], int]) -> None:
     except Exception:
         traceback.print_exc()
         code = 1
+    _report_exit(rank, code)
     dist.shutdown(code, together=together)
+
+
+def _report_exit(rank: int, code: int) -> None:
+    """Tells `torchft run`, if it started this process: torchrun passes no worker's code on (train/launch.py)."""
+    path = dist.environment(EXIT_CODES)
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{rank} {code}\n")
