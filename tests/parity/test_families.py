@@ -121,6 +121,16 @@ def test_both_spellings_of_the_config(tmp_path, name):
     assert config_of(name)["model_type"] in family.MODEL_TYPES
 
 
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2"])
+def test_absent_keys_take_transformers_defaults(tmp_path, name):
+    """A config that gives the shape alone means the same here and there."""
+    shape = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 12, "num_attention_heads": 4}
+    given = {} if name == "gpt2" else shape if name == "phi3" else shape | {"num_key_value_heads": 2}
+    getattr(transformers, FAMILIES[name][0])(**given).save_pretrained(tmp_path)
+    written, _ = read_config(tmp_path)
+    assert written == build.spec_from_config(given | {"model_type": config_of(name)["model_type"]}, where=name)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cached_greedy_ids_equal_uncached(tmp_path, name):
     """Token by token through the cache, three prompts of different lengths together: the argmax of whole forwards, and of transformers."""

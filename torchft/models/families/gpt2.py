@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchft.models.hf_config import HfConfig
-from torchft.models.keys import Alias, Drop, Rename, Rule, Split
+from torchft.models.keys import HEADS, Alias, Drop, Rename, Rule, Split
 from torchft.models.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 MODEL_TYPES = ("gpt2",)
@@ -39,6 +39,7 @@ KEYS: tuple[Rule, ...] = (
     *_rules("transformer."),
     *(Alias(rule.hf, rule) for rule in _rules("")),  # the first files were written without the head's model around them
     Rename("lm_head.weight", "lm_head.weight"),
+    *HEADS,
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchft.models.hf_config import HfConfig
 from torchft.models.hf_rope import read_rope, write_rope
-from torchft.models.keys import Alias, Drop, Rename
+from torchft.models.keys import HEADS, Alias, Drop, Rename
 from torchft.models.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeScaling, RopeSpec
 
 MODEL_TYPES = ("llama", "Yi", "yi")
@@ -24,6 +24,7 @@ KEYS = (
     Rename("model.layers.*", "layers.*"),
     Rename("model.norm.weight", "norm.weight"),
     Rename("lm_head.weight", "lm_head.weight"),
+    *HEADS,
 )
 
 

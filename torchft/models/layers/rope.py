@@ -51,11 +51,8 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:
     """Radians per position of each pair: (rotary_dim / 2,) fp32; of a short document where the scaling depends on length."""
-    dim = rotary_dim(spec, head_dim)
-    if spec.scaling is not None and spec.scaling.kind == "yarn":
-        return _yarn(spec.base, dim, spec.scaling)
-    frequencies = 1.0 / spec.base ** _exponents(dim, torch.device("cpu"))
-    return frequencies if spec.scaling is None else SCALINGS[spec.scaling.kind](frequencies, spec.scaling)
+    periods = spec.base ** _exponents(rotary_dim(spec, head_dim), torch.device("cpu"))
+    return 1.0 / periods if spec.scaling is None else SCALINGS[spec.scaling.kind](periods, spec)
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
@@ -84,24 +81,28 @@ def _lengths(positions: Tensor, documents: Tensor | None) -> Tensor:
 
 
 def _frequencies_at(spec: RopeSpec, head_dim: int, short: Tensor, lengths: Tensor) -> Tensor:
-    """lengths (b, t) -> frequencies (b, t, rotary_dim / 2)."""
+    """lengths (b, t) -> frequencies (b, t, rotary_dim / 2); short: those of short documents."""
     scaling, dim = spec.scaling, rotary_dim(spec, head_dim)
-    lengths = lengths[..., None]
+    lengths, original = lengths[..., None], scaling.original_max_seq_len
     powers = _exponents(dim, lengths.device)
     if scaling.kind == "longrope":
         long = 1.0 / (torch.tensor(scaling.long_factors, dtype=torch.float32, device=lengths.device) * spec.base**powers)
-        return torch.where(lengths > scaling.original_max_seq_len, long, short)
-    grown = scaling.factor * lengths.clamp(min=scaling.original_max_seq_len) / scaling.original_max_seq_len - (scaling.factor - 1)
-    return 1.0 / (spec.base * grown ** (dim / (dim - 2))) ** powers
+        return torch.where(lengths > original, long, short)
+    grown = scaling.factor * lengths.double().clamp(min=original) / original - (scaling.factor - 1)
+    return 1.0 / (spec.base * grown ** (dim / (dim - 2))).float() ** powers
 
 
-def _linear(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+# Each takes the periods / 2 pi, (rotary_dim / 2,), and keeps the order of operations of HF's: at position 60,000 the last bit shows.
+
+
+def _linear(periods: Tensor, spec: RopeSpec) -> Tensor:
     """Position interpolation (Chen et al. 2023)."""
-    return frequencies / scaling.factor
+    return 1.0 / periods / spec.scaling.factor
 
 
-def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1: long wavelengths slowed by `factor`, short ones kept, a linear blend between (HF's _compute_llama3_parameters)."""
+def _llama3(periods: Tensor, spec: RopeSpec) -> Tensor:
+    """Llama 3.1: long wavelengths slowed by `factor`, short ones kept, a linear blend between."""
+    frequencies, scaling = 1.0 / periods, spec.scaling
     wavelengths = 2 * math.pi / frequencies
     longest_kept = scaling.original_max_seq_len / scaling.high_freq_factor
     shortest_slowed = scaling.original_max_seq_len / scaling.low_freq_factor
@@ -111,30 +112,30 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(wavelengths < longest_kept, frequencies, slowed)
 
 
-def _dynamic(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Documents up to original_max_seq_len keep the frequencies."""
-    return frequencies
+def _dynamic(periods: Tensor, spec: RopeSpec) -> Tensor:
+    """Documents up to original_max_seq_len are not scaled."""
+    return 1.0 / periods
 
 
-def _longrope(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+def _longrope(periods: Tensor, spec: RopeSpec) -> Tensor:
     """The divisors of short documents."""
-    return 1.0 / (torch.tensor(scaling.short_factors, dtype=torch.float32, device="cpu") * (1.0 / frequencies))
+    return 1.0 / (torch.tensor(spec.scaling.short_factors, dtype=torch.float32, device="cpu") * periods)
 
 
-def _yarn(base: float, dim: int, scaling: RopeScaling) -> Tensor:
-    """YaRN (Peng et al. 2023; HF's _compute_yarn_parameters): pairs that turn often are kept, slow ones divided by `factor`."""
+def _yarn(periods: Tensor, spec: RopeSpec) -> Tensor:
+    """YaRN (Peng et al. 2023): pairs that turn often within the original length are kept, slow ones divided by `factor`."""
+    scaling, dim = spec.scaling, 2 * len(periods)
 
     def pair_of(turns: float) -> float:
-        return dim * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(base))
+        return dim * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(spec.base))
 
     low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = (torch.arange(dim // 2, device="cpu").float() - low) / (high - low or 0.001)
-    slowed = ramp.clamp(0, 1)  # 0: kept, 1: divided
-    periods = base ** _exponents(dim, torch.device("cpu"))
-    return 1.0 / (scaling.factor * periods) * slowed + 1.0 / periods * (1 - slowed)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    return 1.0 / (scaling.factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
-SCALINGS = {"linear": _linear, "llama3": _llama3, "dynamic": _dynamic, "longrope": _longrope}
+SCALINGS = {"linear": _linear, "llama3": _llama3, "dynamic": _dynamic, "longrope": _longrope, "yarn": _yarn}
