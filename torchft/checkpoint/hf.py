@@ -23,13 +23,14 @@ from torch.distributed.tensor import DTensor
 
 from torchft.checkpoint.agreement import agreed, on_rank_0
 from torchft.checkpoint.assets import Assets, write_assets
+from torchft.checkpoint.fused import join, joined_bytes, part_of
 from torchft.checkpoint.manifest import sync_folder
 from torchft.checkpoint.tensor_files import LazyTensor, TensorWriter, open_tensors
 from torchft.dist import comm_device, rank, shard_indices, world_size
 from torchft.errors import CheckpointError
 from torchft.models.build import FAMILIES
 from torchft.models.decoder import build_decoder
-from torchft.models.keys import hf_name, map_from_hf, require
+from torchft.models.keys import map_from_hf, require, stored_as
 from torchft.models.spec import ModelSpec
 
 COMPARE_BYTES = 64 << 20  # how much of a tied copy is compared at a time
@@ -78,7 +79,7 @@ def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = Tru
     keys = map_from_hf(rules, files, shapes, where=str(folder))
     if require_all:
         require(keys, rules, where=str(folder))
-    tensors = {name: files[keys.hf_of[name]] for name in shapes if name in keys.hf_of}
+    tensors = {name: part_of(files[at.name], at, name, shapes) for name in shapes if (at := keys.stored.get(name))}
     check_shapes(tensors, shapes, where=str(folder))
     if keys.tied_copy is not None:
         _check_tied(files[keys.tied_copy], tensors["embed_tokens.weight"], folder)
@@ -246,17 +247,18 @@ def _check_written(folder: Path, failure: Exception | None) -> None:
 
 def _write_folder(folder: Path, spec: ModelSpec, assets: Assets, items: list[_Item], tensors: Iterable[Tensor], shard_bytes: int) -> None:
     """Rank 0's part: into a hidden folder beside the target, which gets its name when all of it is on the disk."""
-    names = {item.name: hf_name(FAMILIES[spec.family].KEYS, item.name) for item in items}
+    names = [item.name for item in items]
+    stored = [stored_as(FAMILIES[spec.family].KEYS, name) for name in names]
     elements: Counter[torch.dtype] = Counter()
     for item in items:
         elements[item.dtype] += math.prod(item.shape)
     temporary = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(parents=True)
     try:
-        plan = {names[item.name]: math.prod(item.shape) * item.dtype.itemsize for item in items}
+        plan = joined_bytes(stored, [item.shape for item in items], [item.dtype for item in items])
         writer = TensorWriter(temporary, plan, shard_bytes)
-        for item, tensor in zip(items, tensors, strict=True):
-            writer.add(names[item.name], tensor)
+        for name, tensor in join(stored, names, tensors):
+            writer.add(name, tensor)
         writer.finish()
         write_assets(temporary, spec, assets, elements.most_common(1)[0][0])
         sync_folder(temporary)

@@ -46,7 +46,7 @@ def matmul_parameters(spec: ModelSpec) -> int:
     """How many weights every token is multiplied with: projections, MLPs and heads; no embedding, norm or bias."""
     a, d = spec.attention, spec.hidden_size
     attention = d * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)  # q and o, k and v
-    mlp = 3 * d * spec.mlp.intermediate_size  # gate, up, down
+    mlp = (3 if spec.mlp.gated else 2) * d * spec.mlp.intermediate_size  # gate, up, down
     return spec.num_layers * (attention + mlp) + sum(d * head.size for head in spec.heads.values())
 
 

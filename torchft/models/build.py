@@ -13,11 +13,21 @@ from types import ModuleType
 from typing import Any
 
 from torchft.errors import ConfigError, Problem
-from torchft.models.families import llama
+from torchft.models.families import gemma, gemma2, gemma3, gpt2, llama, mistral, phi3, qwen2, qwen3
 from torchft.models.hf_config import read_json
 from torchft.models.spec import ModelSpec
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama}  # a family: from_hf, to_hf, KEYS, MODEL_TYPES, SIZES, TEMPLATE
+FAMILIES: dict[str, ModuleType] = {  # a family: from_hf, to_hf, KEYS, MODEL_TYPES, SIZES, TEMPLATE
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "phi3": phi3,
+    "gpt2": gpt2,
+}
 
 
 def read_config(folder: Path | str) -> tuple[ModelSpec, dict[str, Any]]:

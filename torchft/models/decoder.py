@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from torchft.batch import Heads, Layout
-from torchft.models.block import Block
+from torchft.models.block import build_block
+from torchft.models.layers.embedding import build_embedding
 from torchft.models.layers.head import Head
 from torchft.models.layers.kv_cache import KVCache
 from torchft.models.layers.norm import build_norm
@@ -36,8 +37,10 @@ class Decoder(nn.Module):
         layers = range(spec.num_layers) if layers is None else layers
         tied = spec.tie_embeddings
         if first or (last and tied):
-            self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleDict({str(i): Block(spec, i) for i in layers})
+            self.embed_tokens = build_embedding(spec)
+        if first and spec.learned_positions:
+            self.embed_positions = nn.Embedding(spec.max_seq_len, spec.hidden_size)
+        self.layers = nn.ModuleDict({str(i): build_block(spec, i) for i in layers})
         self.ropes = {name: Rope(rope, spec.attention.head_dim) for name, rope in spec.rope.items()}
         if last:
             self.norm = build_norm(spec.hidden_size, spec.norm)
@@ -59,8 +62,8 @@ class Decoder(nn.Module):
         Gives hidden (b, t, d) before the last stage; on the last `reduce(hidden, heads)`, or the logits (b, t, v) without `reduce`.
         scale: the step's loss scale / count, for losses that arise inside layers.
         """
-        h = self.embed_tokens(x) if self.first else x
-        tables = {name: rope.table(positions, h.dtype) for name, rope in self.ropes.items()}
+        h = self._embed(x, positions) if self.first else x
+        tables = {name: rope.table(positions, h.dtype, layout.doc_q) for name, rope in self.ropes.items()}
         prepared = self._prepare(layout)
         for index, block in self.layers.items():
             layer = self.spec.layers[int(index)]
@@ -75,6 +78,11 @@ class Decoder(nn.Module):
             return reduce(hidden, heads)
         assert heads["lm"].vocab is None, "whole logits don't exist under tensor parallelism: pass `reduce`"
         return heads["lm"].logits(hidden)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(b, t) -> (b, t, d)."""
+        h = self.embed_tokens(tokens)
+        return h + self.embed_positions(positions) if self.spec.learned_positions else h
 
     def _prepare(self, layout: Layout) -> dict[int | None, Any]:
         """The core's mask for each distinct window of this stage's layers."""

@@ -1,4 +1,4 @@
-"""A strict reader of HF's config.json, and what several families read alike: every key is read, or known to be harmless, or an error.
+"""A strict reader of HF's config.json: every key is read, or known to be harmless, or an error.
 
 A key that changes the maths must not be dropped in silence (bug class "RoPE scaling ignored"). A family asks for its keys by name
 and type; `finish` then reports everything wrong at once: missing keys, wrong types, values that aren't supported, keys nobody read.
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from torchft.errors import ConfigError, Problem
-from torchft.models.spec import RopeScaling, RopeSpec
 
 REQUIRED = object()
 CONFIG_BYTES = 1 << 20  # the largest config.json that is read; real ones hold a few kB
@@ -25,7 +24,7 @@ HARMLESS = {
         sep_token_id decoder_start_token_id""",
     "attention kernel choice": "_attn_implementation _attn_implementation_autoset _attn_implementation_internal attn_implementation",
     "caching and outputs of another implementation": """use_cache return_dict return_dict_in_generate output_hidden_states
-        output_attentions output_scores torchscript chunk_size_feed_forward""",
+        output_attentions output_scores torchscript chunk_size_feed_forward cache_implementation""",
     "classification labels of other heads": "id2label label2id problem_type num_labels finetuning_task task_specific_params",
     "generation settings of old files": """max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
         diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
@@ -50,12 +49,12 @@ class HfConfig:
 
     def integer(self, key: str, default: Any = REQUIRED, *, maximum: int = 2**40) -> Any:
         """A whole number from 1 to maximum; the bound keeps a hostile file from asking for all memory."""
-        return self._take(key, default, lambda v: _is_number(v, int) and 1 <= v <= maximum, f"a whole number from 1 to {maximum}", 1)
+        return self._take(key, default, lambda v: is_number(v, int) and 1 <= v <= maximum, f"a whole number from 1 to {maximum}", 1)
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
         """A finite number > 0, as a float."""
-        value = self._take(key, default, lambda v: _is_number(v, int | float) and 0 < v < 1e300, "a number > 0", 1.0)
-        return float(value) if _is_number(value, int) else value
+        value = self._take(key, default, lambda v: is_number(v, int | float) and 0 < v < 1e300, "a number > 0", 1.0)
+        return float(value) if is_number(value, int) else value
 
     def boolean(self, key: str, default: Any = REQUIRED) -> Any:
         """true or false."""
@@ -65,14 +64,27 @@ class HfConfig:
         """One of the values this library computes."""
         return self._take(key, default, lambda v: v in supported, " or ".join(map(repr, supported)), supported[0], UNSUPPORTED)
 
+    def items(self, key: str, is_good: Callable[[Any], bool], count: int, expected: str) -> Any:
+        """A list of `count` good items, as a tuple; None if it is absent or null."""
+        good = self._take(key, None, lambda v: isinstance(v, list) and len(v) == count and all(map(is_good, v)), expected, None)
+        return None if good is None else tuple(good)
+
     def section(self, key: str) -> "HfConfig | None":
         """A nested object; None if it is absent, null or no object (then a problem)."""
         value = self._take(key, None, lambda v: isinstance(v, Mapping), "an object", None)
         return None if value is None else HfConfig(value, f"{self._prefix}{key}.", self.problems)
 
+    def ignore(self, key: str) -> None:
+        """A key that this family has and that does not change the computation, whatever its value."""
+        self._unread.pop(key, None)
+
     def given(self, key: str) -> bool:
         """True if the key stands there with a value that is not null."""
         return self._config.get(key) is not None
+
+    def present(self, key: str) -> bool:
+        """True if the key stands there, be it with null."""
+        return key in self._config
 
     def reject(self, key: str, expected: str, fix: str) -> None:
         """Records that this key's value is not usable."""
@@ -130,53 +142,6 @@ def read_json(path: Path, *, max_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
     return value
 
 
-def read_rope(read: HfConfig, default_base: float = 10000.0) -> RopeSpec:
-    """`rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` with both (5); two that disagree are a problem."""
-    base = read.number("rope_theta", None)
-    old, new = read.section("rope_scaling"), read.section("rope_parameters")
-    if old is not None and new is not None:
-        read.reject("rope_scaling", "either rope_scaling or rope_parameters", "keep the one the model was trained with")
-    section = old if new is None else new
-    if new is not None:
-        inner = new.number("rope_theta", base or default_base)
-        if base is not None and base != inner:
-            read.reject("rope_theta", f"rope_parameters.rope_theta={inner}", "keep the one the model was trained with")
-        base = inner
-    return RopeSpec(base or default_base, None if section is None else _read_scaling(section))
-
-
-def write_rope(rope: RopeSpec) -> dict[str, Any]:
-    """The keys of config.json for a RopeSpec, in the spelling of transformers 4, which 5 reads as well."""
-    scaling = rope.scaling
-    if scaling is None:
-        return {"rope_theta": rope.base, "rope_scaling": None}
-    section: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        section |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-        section |= {"original_max_position_embeddings": scaling.original_max_seq_len}
-    return {"rope_theta": rope.base, "rope_scaling": section}
-
-
-def _read_scaling(read: HfConfig) -> RopeScaling | None:
-    known, before = ("default", "linear", "llama3"), len(read.problems)
-    kinds = [read.choice(key, known, None) for key in ("rope_type", "type")]  # older files say "type", some say it twice
-    kind = kinds[0] or kinds[1] or "default"
-    if len(read.problems) > before:
-        return None  # the other keys of an unknown kind need not be reported one by one
-    if kinds[1] not in (None, kind):
-        read.reject("type", repr(kind), "rope_type and type must agree: correct the file")
-    read.choice("partial_rotary_factor", (1, 1.0), 1)
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling("linear", read.number("factor"))
-    if kind == "llama3":
-        factor, low, high = (read.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        scaling = RopeScaling("llama3", factor, low, high, read.integer("original_max_position_embeddings"))
-        if high <= low:
-            read.reject("high_freq_factor", f"more than low_freq_factor={low}", "correct the file")
-    read.finish()
-    return scaling
-
-
-def _is_number(value: Any, kind: Any) -> bool:
+def is_number(value: Any, kind: Any) -> bool:
+    """True for an int or float of that kind; a bool is none."""
     return isinstance(value, kind) and not isinstance(value, bool)

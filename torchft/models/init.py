@@ -1,6 +1,6 @@
 """Initial values from (seed, name, block of rows) alone: the same on every layout, and a rank draws only the blocks it holds.
 
-Matrices are normal with the spec's init_std, norms one, biases zero (as HF's `_init_weights`). Draws are fp32, then cast.
+Matrices are normal with the spec's init_std, norms the identity, biases zero (as HF's `_init_weights`). Draws are fp32, then cast.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,10 +23,11 @@ def init_weights(named_parameters: Iterable[tuple[str, Tensor]], spec: ModelSpec
     def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.empty(shape).normal_(0.0, spec.init_std, generator=generator)
 
+    norm = 0.0 if spec.norm.unit_offset else 1.0
     for name, parameter in named_parameters:
         if parameter.ndim == 1:
             with torch.no_grad():
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else norm)
         else:
             fill_blocks(name, parameter, normal, seed)
 

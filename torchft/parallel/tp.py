@@ -19,20 +19,31 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torchft.batch import VocabShard
 from torchft.models.decoder import Decoder
 
-Role = Literal["column", "row", "norm", "gather", "embedding"]
+Role = Literal["column", "row", "norm", "added_norm", "head_norm", "gather", "embedding", "positions"]
+Plan = tuple[tuple[str, Role], ...]
 
-PLAN: tuple[tuple[str, Role], ...] = (
+PLAN: Plan = (
     ("embed_tokens", "embedding"),
+    ("embed_positions", "positions"),
     ("layers.*.input_layernorm", "norm"),
     ("layers.*.self_attn", "gather"),
     ("layers.*.self_attn.[qkv]_proj", "column"),
+    ("layers.*.self_attn.[qk]_norm", "head_norm"),
     ("layers.*.self_attn.o_proj", "row"),
-    ("layers.*.post_attention_layernorm", "norm"),
     ("layers.*.mlp", "gather"),
     ("layers.*.mlp.gate_proj", "column"),
     ("layers.*.mlp.up_proj", "column"),
     ("layers.*.mlp.down_proj", "row"),
 )
+
+NORMS: dict[str, Plan] = {  # by ModelSpec.block, whose norms of one name stand in different places
+    "pre": (("layers.*.post_attention_layernorm", "norm"),),
+    "sandwich": (
+        ("layers.*.post_attention_layernorm", "added_norm"),
+        ("layers.*.pre_feedforward_layernorm", "norm"),
+        ("layers.*.post_feedforward_layernorm", "added_norm"),
+    ),
+}
 
 LINEAR_DIMS = {"weight": (0, 1), "bias": (0, None)}  # {parameter: (dim cut in a column, dim cut in a row)}; None: whole on each rank
 ROLE_INDEX = {"column": 0, "embedding": 0, "row": 1}
@@ -42,7 +53,7 @@ def apply_tp(model: Decoder, mesh: DeviceMesh, *, sequence_parallel: bool) -> No
     """Shards one stage over the tp axis, in place; parameters may be on meta. Trainability is kept."""
     stream: Placement = Shard(1) if sequence_parallel else Replicate()
     for name, module in list(model.named_modules()):
-        for pattern, role in PLAN:
+        for pattern, role in PLAN + NORMS[model.spec.block]:
             if fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
                 _distribute(module, mesh, role, stream)
     if not model.last:
@@ -81,6 +92,15 @@ def _norm(mesh: DeviceMesh, stream: Placement):
     return lambda x: _as_dtensor(x, mesh, stream), None
 
 
+def _added_norm(mesh: DeviceMesh, stream: Placement):
+    return lambda x: _as_dtensor(x, mesh, stream), lambda y: y.to_local()
+
+
+def _head_norm(mesh: DeviceMesh, stream: Placement):
+    # (b, t, local heads, head_dim): one weight for all heads, whose gradient is a sum over the ranks' heads
+    return lambda x: _as_dtensor(x, mesh, Shard(2)), lambda y: y.to_local()
+
+
 def _gather(mesh: DeviceMesh, stream: Placement):
     return lambda x: x.redistribute(placements=[Replicate()]), None
 
@@ -98,7 +118,16 @@ def _embedding(mesh: DeviceMesh, stream: Placement):
     return lambda x: _as_dtensor(x, mesh, Replicate()), lambda y: y.redistribute(placements=[stream]).to_local()
 
 
-_BORDERS: dict[Role, Callable] = {"norm": _norm, "gather": _gather, "column": _column, "row": _row, "embedding": _embedding}
+_BORDERS: dict[Role, Callable] = {
+    "norm": _norm,
+    "added_norm": _added_norm,
+    "head_norm": _head_norm,
+    "gather": _gather,
+    "column": _column,
+    "row": _row,
+    "embedding": _embedding,
+    "positions": _embedding,  # held whole, and so is its output before it is cut to the stream
+}
 
 
 def _as_dtensor(x: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:

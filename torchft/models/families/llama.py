@@ -8,8 +8,9 @@ servers read. Absent keys take the defaults of HF's LlamaConfig.
 from collections.abc import Mapping
 from typing import Any
 
-from torchft.models.hf_config import HfConfig, read_rope, write_rope
-from torchft.models.keys import Alias, Drop, Rename
+from torchft.models.hf_config import HfConfig
+from torchft.models.hf_rope import read_rope, write_rope
+from torchft.models.keys import HEADS, Alias, Drop, Rename
 from torchft.models.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeScaling, RopeSpec
 
 MODEL_TYPES = ("llama", "Yi", "yi")
@@ -23,6 +24,7 @@ KEYS = (
     Rename("model.layers.*", "layers.*"),
     Rename("model.norm.weight", "norm.weight"),
     Rename("lm_head.weight", "lm_head.weight"),
+    *HEADS,
 )
 
 
@@ -47,13 +49,14 @@ def from_hf(config: Mapping[str, Any]) -> ModelSpec:
         read.reject("head_dim", "an even number, by default hidden_size / num_attention_heads", "set head_dim")
     bias, vocab_size = read.boolean("attention_bias", False), read.integer("vocab_size")
     length = read.integer("max_sequence_length", 2048)  # Llama 1's name for the next
+    length = read.integer("max_position_embeddings", length)
     spec = {
-        "max_seq_len": read.integer("max_position_embeddings", length),
+        "max_seq_len": length,
         "tie_embeddings": read.boolean("tie_word_embeddings", False),
         "norm": NormSpec("rms", read.number("rms_norm_eps", 1e-6)),
         "mlp": MlpSpec(read.integer("intermediate_size"), "silu", read.boolean("mlp_bias", False)),
         "layers": (LayerSpec(),) * read.integer("num_hidden_layers", maximum=4096),
-        "rope": {"default": read_rope(read)},
+        "rope": {"default": read_rope(read, length, head_dim)},
         "init_std": read.number("initializer_range", 0.02),
     }
     read.finish()

@@ -54,13 +54,14 @@ class Head(nn.Module):
         super().__init__()
         self.register_parameter("weight", None if tied else nn.Parameter(torch.empty(spec.size, hidden_size)))
         self.register_parameter("bias", nn.Parameter(torch.empty(spec.size)) if spec.bias else None)
+        self.softcap = spec.softcap
         self.vocab: VocabShard | None = None
 
     def forward(self, tied_weight: Tensor | None) -> LinearProjection:
         """tied_weight: the embedding's (v, d) if tied. Valid only inside the decoder's forward."""
         weight = tied_weight if self.weight is None else self.weight
         bias = None if self.bias is None else _local(self.bias)
-        return LinearProjection(_local(weight), bias, vocab=self.vocab)
+        return LinearProjection(_local(weight), bias, softcap=self.softcap, vocab=self.vocab)
 
 
 def _local(x: Tensor) -> Tensor:

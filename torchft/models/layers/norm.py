@@ -1,14 +1,20 @@
-"""RMSNorm: x / rms(x) * weight, statistics in at least fp32 (Zhang & Sennrich 2019, as in HF's LlamaRMSNorm)."""
+"""Norms over the last dimension, (..., dim) -> (..., dim), statistics in at least fp32.
+
+RMSNorm           x / rms(x) * weight                  (Zhang & Sennrich 2019, as in HF's LlamaRMSNorm)
+UnitOffsetNorm    x / rms(x) * (1 + weight)            (Gemma: the product is in fp32 too, since 1 + weight has no room in bf16)
+LayerNorm         (x - mean) / std * weight + bias     (Ba et al. 2016)
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchft.dtypes import upcast
 from torchft.models.spec import NormSpec
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension; (..., dim) -> (..., dim)."""
+    """x / rms(x) * weight."""
 
     def __init__(self, dim: int, spec: NormSpec):
         super().__init__()
@@ -19,9 +25,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+class UnitOffsetNorm(RMSNorm):
+    """x / rms(x) * (1 + weight)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(upcast(x), (x.shape[-1],), 1 + upcast(self.weight), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias."""
+
+    def __init__(self, dim: int, spec: NormSpec):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.register_parameter("bias", nn.Parameter(torch.empty(dim)) if spec.bias else None)
+        self.eps = spec.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
 def build_norm(dim: int, spec: NormSpec) -> nn.Module:
     """The norm a spec describes."""
-    return NORMS[spec.kind](dim, spec)
+    return (UnitOffsetNorm if spec.unit_offset else NORMS[spec.kind])(dim, spec)
 
 
-NORMS = {"rms": RMSNorm}
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
