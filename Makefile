@@ -4,11 +4,14 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-full lint size bench
+.PHONY: quickstart pretrain test test-full lint size bench
 test test-full bench: export OMP_NUM_THREADS = 1
 
 quickstart: $(INSTALLED)
 	$(PY) scripts/quickstart.py
+
+pretrain: $(INSTALLED)
+	$(PY) scripts/pretrain_demo.py
 
 test: $(INSTALLED)
 	$(PY) -m pytest -m "not full"

@@ -166,8 +166,8 @@ def test_size_of_this_tree():
 
 @pytest.mark.parametrize(
     ("target", "command"),
-    [("quickstart", "scripts/quickstart.py"), ("test", 'pytest -m "not full"'), ("test-full", "-m pytest"), ("lint", "lint-imports"),
-     ("size", "scripts/size.py"), ("bench", "benchmarks/throughput.py")],
+    [("quickstart", "scripts/quickstart.py"), ("pretrain", "scripts/pretrain_demo.py"), ("test", 'pytest -m "not full"'),
+     ("test-full", "-m pytest"), ("lint", "lint-imports"), ("size", "scripts/size.py"), ("bench", "benchmarks/throughput.py")],
 )  # fmt: skip
 def test_every_make_target_creates_the_environment_first(tmp_path, target, command):
     """On a fresh clone any target makes the virtual environment, torch first, and then does its work."""

@@ -107,6 +107,14 @@ class TokenCache:
         lo, hi = int(self.offsets[i]), int(self.offsets[i + 1])
         return Encoded(np.array(self.ids[lo:hi]), self.weights[lo:hi].astype(np.float32))
 
+    def piece(self, i: int, lo: int, hi: int) -> Encoded:
+        """Tokens lo..hi of sample i, and what follows them in it; copied out of the map."""
+        start, end = int(self.offsets[i]), int(self.offsets[i + 1])
+        here = slice(start + lo, start + hi)
+        after = start + hi
+        follower = (int(self.ids[after]), float(self.weights[after])) if after < end else None
+        return Encoded(np.array(self.ids[here]), self.weights[here].astype(np.float32), follower)
+
     def summary(self) -> str:
         """One line: what is in it, and what was left out."""
         c = self.counts

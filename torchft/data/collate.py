@@ -2,7 +2,7 @@
 
     ids       A0 A1 A2 | B0 B1 | .  .        one row, t = 7; "." is padding
     labels    A1 A2 .  | B1 .  | .  .        the next token of the same document
-    weights   w1 w2 0  | w1 0  | 0  0        the next token's weight; 0 at the last token of a document
+    weights   w1 w2 0  | w1 0  | 0  0        the next token's weight; 0 at the last token of a document, not of a piece of one
     positions 0  1  2  | 0  1  | 2  3        padding continues the last document, so no row is without a key to attend
     documents 0  0  0  | 1  1  | 1  1
 
@@ -38,6 +38,8 @@ def collate(rows: Sequence[Sequence[Encoded]], ids: Sequence[Sequence[SampleId]]
             tokens[i, start:end] = sample.ids
             labels[i, start : end - 1] = sample.ids[1:]
             weights[i, start : end - 1] = sample.weights[1:]
+            if sample.follower is not None:
+                labels[i, end - 1], weights[i, end - 1] = sample.follower
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),

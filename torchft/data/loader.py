@@ -12,17 +12,21 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from torchft.batch import Batch, SampleId
+from torchft.batch import Batch
 from torchft.data.cache import TokenCache
 from torchft.data.collate import collate
 from torchft.data.order import VERSION, Cursor, Order
 from torchft.data.sources import SourceConfig
+from torchft.data.stream import StreamOrder
 from torchft.data.tokenize import Truncation
 from torchft.errors import CheckpointError, ConfigError, Problem
+
+Packing = bool | Literal["cut"]
 
 
 @dataclass
@@ -73,6 +77,7 @@ def grad_accum(global_batch_size: int, *, micro_batch_size: int, dp_size: int) -
 class Loader:
     """This data rank's micro-batches, step after step, for as many epochs as asked for.
 
+    packing: several samples a row, or one ("cut": one after the other, cut where a row ends, see stream.py).
     multiple_of: row lengths are multiples of it (the parallel layout's demand). prefetch: one thread makes the next step's batches
     meanwhile; it changes neither order nor state. pin_memory: for CUDA. Raises ConfigError if the sizes don't fit each other.
     """
@@ -87,7 +92,7 @@ class Loader:
         dp_rank: int = 0,
         dp_size: int = 1,
         seed: int = 0,
-        packing: bool = True,
+        packing: Packing = True,
         shuffle: bool = True,
         window: int = 4096,
         pad_id: int = 0,
@@ -101,7 +106,8 @@ class Loader:
             lower, upper = seq_len // multiple_of * multiple_of, _round_up(seq_len, multiple_of)
             expected = f"a multiple of {multiple_of} with packing, so that a row can be split by the parallel layout"
             raise ConfigError(Problem("data.seq_len", str(seq_len), expected, f"use {lower or upper} or {upper}"))
-        self.order = Order(caches, seq_len=seq_len, packing=packing, shuffle=shuffle, window=window, seed=seed)
+        plan = {"seq_len": seq_len, "shuffle": shuffle, "window": window, "seed": seed}
+        self.order = StreamOrder(caches, **plan) if packing == "cut" else Order(caches, packing=packing, **plan)
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_id, self.multiple_of, self.pin_memory = pad_id, multiple_of, pin_memory
@@ -119,16 +125,16 @@ class Loader:
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Plans the whole epoch when first asked for (with packing: seconds per million samples)."""
-        return -(-self.order.num_packs(epoch, self.order.num_windows) // self.global_batch_size)
+        return -(-self.order.num_rows(epoch) // self.global_batch_size)
 
     def num_steps(self, epochs: float) -> int:
         """The number of the step, counted from the run's first, that completes `epochs` passes: the steps made so far and those
         still to make, so it holds after a resume with another global_batch_size as well. A part of an epoch is rounded up."""
         cursor, step = self.cursor, self.cursor.step
-        done = self.order.num_packs(cursor.epoch, cursor.window) + cursor.pack
+        done = self.order.rows_before(cursor)
         for epoch in range(cursor.epoch, math.ceil(epochs)):
-            packs = self.order.num_packs(epoch, self.order.num_windows) * min(1.0, epochs - epoch)
-            step += max(0, math.ceil((packs - done) / self.global_batch_size - 1e-9))
+            rows = self.order.num_rows(epoch) * min(1.0, epochs - epoch)
+            step += max(0, math.ceil((rows - done) / self.global_batch_size - 1e-9))
             done = 0
         return step
 
@@ -176,15 +182,11 @@ class Loader:
         for m in range(self.grad_accum):
             first = (m * self.dp_size + self.dp_rank) * self.micro_batch_size
             mine = packs[first : first + self.micro_batch_size]
-            batches.append(self._collate(mine + [np.empty(0, np.int64)] * (self.micro_batch_size - len(mine)), cursor.epoch, t))
+            batches.append(self._collate(mine + [self.order.filler] * (self.micro_batch_size - len(mine)), cursor.epoch, t))
         return batches, after
 
     def _collate(self, packs: list[np.ndarray], epoch: int, t: int) -> Batch:
-        rows, ids = [], []
-        for pack in packs:
-            caches = [(self.order.caches[source], int(place)) for source, place in zip(*self.order.locate(pack), strict=True)]
-            rows.append([cache.sample(place) for cache, place in caches])
-            ids.append([SampleId(cache.name, epoch, int(cache.indices[place])) for cache, place in caches])
+        rows, ids = zip(*(self.order.read(pack, epoch) for pack in packs), strict=True)
         batch = collate(rows, ids, t=t, pad_id=self.pad_id, epoch=epoch)
         if not self.pin_memory:
             return batch
@@ -199,7 +201,7 @@ def evaluation_steps(
     micro_batch_size: int,
     dp_rank: int = 0,
     dp_size: int = 1,
-    packing: bool = True,
+    packing: Packing = True,
     window: int = 4096,
     pad_id: int = 0,
     multiple_of: int = 1,

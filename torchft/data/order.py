@@ -14,8 +14,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from torchft.batch import SampleId
 from torchft.data.cache import TokenCache
 from torchft.data.packing import permute, plan_window
+from torchft.data.types import Encoded
 
 VERSION = 1  # of the order; a change here makes older cursors invalid
 
@@ -26,7 +28,7 @@ class Cursor:
 
     epoch: int
     window: int
-    pack: int  # within the window
+    pack: int  # within the window; where documents are cut (stream.py): the token
     step: int  # steps made so far
     taken: tuple[int, ...]  # samples of each source in this epoch
     tokens: tuple[int, ...]  # tokens of each source in all epochs
@@ -34,6 +36,8 @@ class Cursor:
 
 class Order:
     """All packs of all epochs over the concatenated sources, planned window by window from lengths alone."""
+
+    filler = np.empty(0, np.int64)  # a row without samples
 
     def __init__(self, caches: Sequence[TokenCache], *, seq_len: int, packing: bool, shuffle: bool, window: int, seed: int):
         self.caches, self.seed = tuple(caches), seed
@@ -57,11 +61,28 @@ class Order:
             lengths[source == i] = cache.lengths(place[source == i])
         return lengths
 
+    def samples(self, epoch: int, window: int) -> np.ndarray:
+        """The samples of one window in their order: (k,) int64."""
+        samples = np.arange(window * self.window, min((window + 1) * self.window, self.num_samples))
+        return permute(samples, self.num_samples, seed=self.seed, epoch=epoch) if self.shuffle else samples
+
+    def num_rows(self, epoch: int) -> int:
+        """Rows of a whole epoch."""
+        return self.num_packs(epoch, self.num_windows)
+
+    def rows_before(self, cursor: Cursor) -> int:
+        """Rows of the cursor's epoch in front of it."""
+        return self.num_packs(cursor.epoch, cursor.window) + cursor.pack
+
+    def read(self, pack: np.ndarray, epoch: int) -> tuple[list[Encoded], list[SampleId]]:
+        """What stands in a row, and whose it is."""
+        places = [(self.caches[source], int(place)) for source, place in zip(*self.locate(pack), strict=True)]
+        names = [SampleId(cache.name, epoch, int(cache.indices[place])) for cache, place in places]
+        return [cache.sample(place) for cache, place in places], names
+
     def _plan(self, epoch: int, window: int) -> list[np.ndarray]:
         """The packs of one window as arrays of samples."""
-        samples = np.arange(window * self.window, min((window + 1) * self.window, self.num_samples))
-        if self.shuffle:
-            samples = permute(samples, self.num_samples, seed=self.seed, epoch=epoch)
+        samples = self.samples(epoch, window)
         if not self.packing:
             return list(samples[:, None])
         return [samples[pack] for pack in plan_window(self.lengths(samples), self.seq_len)]
@@ -95,13 +116,13 @@ class Order:
         source, _ = self.locate(samples)
         new = np.bincount(source, minlength=len(self.caches))
         new_tokens = np.bincount(source, weights=self.lengths(samples), minlength=len(self.caches))
-        after = replace(cursor, window=window, pack=pack, step=cursor.step + 1, taken=_add(cursor.taken, new))
-        after = replace(after, tokens=_add(cursor.tokens, new_tokens))
+        after = replace(cursor, window=window, pack=pack, step=cursor.step + 1, taken=add_counts(cursor.taken, new))
+        after = replace(after, tokens=add_counts(cursor.tokens, new_tokens))
         if window == self.num_windows:
             after = replace(after, epoch=cursor.epoch + 1, window=0, taken=(0,) * len(self.caches))
         return packs, after
 
-    def settings(self) -> dict[str, int | bool]:
+    def settings(self) -> dict[str, int | bool | str]:
         """What the order depends on beside the seed and the sources."""
         return {"seq_len": self.seq_len, "packing": self.packing, "shuffle": self.shuffle, "window": self.window}
 
@@ -111,5 +132,6 @@ class Order:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _add(before: tuple[int, ...], new: np.ndarray) -> tuple[int, ...]:
+def add_counts(before: tuple[int, ...], new: np.ndarray) -> tuple[int, ...]:
+    """Counts by source, with these added."""
     return tuple(a + int(b) for a, b in zip(before, new, strict=True))

@@ -54,6 +54,20 @@ def plan_window(lengths: Sequence[int] | np.ndarray, seq_len: int) -> list[list[
     return [sorted(pack) for pack in sorted(packs)]  # before sorting, a pack's first entry is its longest sample
 
 
+def cut(lengths: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Tokens start..start + count of documents laid end to end, or as many as there are, as the pieces they are made of.
+
+    lengths (k,) > 0 -> (pieces, 3) int64: position in `lengths`, the document's first token in it, and the end.
+    """
+    ends = np.cumsum(lengths)  # (k,)
+    stop = min(start + count, int(ends[-1]))
+    assert 0 <= start < stop, f"{start=} {stop=}"
+    first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
+    position = np.arange(first, last + 1)
+    begins = ends[position] - lengths[position]
+    return np.stack([position, np.maximum(start - begins, 0), np.minimum(stop, ends[position]) - begins], axis=1)
+
+
 def _feistel(index: np.ndarray, bits: int, keys: list[np.uint64]) -> np.ndarray:
     """A bijection on [0, 2 ** bits): each half in turn is xored with a hash of the other, which undoes itself."""
     width = np.uint64(bits // 2)

@@ -9,7 +9,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,8 @@ from torchft.errors import DataError, Problem
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 WHITE = re.compile(r"[ \t\r\n]*")
 BOM = b"\xef\xbb\xbf"
+
+Spans = list[tuple[int, int, int]]  # (first byte, end, line) of each record
 
 
 @dataclass
@@ -39,12 +41,13 @@ class SourceConfig:
 
 
 class Records:
-    """The records of a source. Built by `open_records`."""
+    """The records of a source. Built by `open_records`, and by `text.open_documents`."""
 
-    def __init__(self, name: str, digest: str, files: list[str], index: np.ndarray):
+    def __init__(self, name: str, digest: str, files: list[str], index: np.ndarray, parse: Callable[[str, str, int], dict]):
         self.name, self.digest = name, digest
         self._files = files
         self._index = index  # (n, 4) int64: file, start, end, line
+        self._parse = parse  # (a record's text, its file, its line) -> record
 
     def __len__(self) -> int:
         return len(self._index)
@@ -60,29 +63,48 @@ class Records:
                     _, start, end, line = rows[k].tolist()
                     file.seek(start)
                     text = _decode(file.read(end - start), path, line)
-                    yield lo + k, _parse(text, path, line), f"{path}:{line}"
+                    yield lo + k, self._parse(text, path, line), f"{path}:{line}"
 
 
 def open_records(cfg: SourceConfig) -> Records:
     """Indexes and hashes the files of a source. Raises DataError if there are none, or none with a record, or an array is broken."""
-    files = _find(cfg.path)
-    hasher = hashlib.sha256(json.dumps([cfg.format, cfg.max_samples]).encode())
+    return index_files(
+        find_files(cfg.path, SUFFIXES), cfg.path, [cfg.format, cfg.max_samples], index_json, parse_json, cfg.name, cfg.max_samples
+    )
+
+
+def index_files(
+    files: list[str],
+    path: str,
+    options: list,
+    index_file: Callable[[str], tuple[Spans, bytes]],
+    parse: Callable[[str, str, int], dict],
+    name: str | None,
+    max_samples: int | None,
+) -> Records:
+    """The records of these files, found by `index_file` -> (spans, hash). options: all else that decides what the records are."""
+    hasher = hashlib.sha256(json.dumps(options).encode())
     parts = []
-    for number, path in enumerate(files):
-        spans, digest = _index_array(path) if _is_array(path) else _index_lines(path)
+    for number, file in enumerate(files):
+        spans, digest = index_file(file)
         hasher.update(digest)
         parts.append(np.insert(np.array(spans, np.int64).reshape(-1, 3), 0, number, axis=1))
-    index = np.concatenate(parts)[: cfg.max_samples]
+    index = np.concatenate(parts)[:max_samples]
     if not len(index):
-        raise DataError(f"{cfg.path}: given no record (empty file, or an empty array), expected at least one")
-    return Records(cfg.name or _name(cfg.path), hasher.hexdigest(), files, index)
+        raise DataError(f"{path}: given no record (empty file, or an empty array), expected at least one")
+    return Records(name or _name(path), hasher.hexdigest(), files, index, parse)
+
+
+def index_json(path: str) -> tuple[Spans, bytes]:
+    """The records of a file of JSON Lines or of one JSON array."""
+    return _index_array(path) if _is_array(path) else _index_lines(path)
 
 
 def first_records(cfg: SourceConfig, count: int) -> Iterator[tuple[dict, str]]:
     """(record, "file:line") of the first `count` records of each file, read without the pass over all of it that `open_records` makes
     (a JSON array is read whole). Raises DataError as it does."""
     found = False
-    for path in _find(cfg.path):
+    for path in find_files(cfg.path, SUFFIXES):
         for record in _first_of_array(cfg, path, count) if _is_array(path) else _first_lines(path, count):
             found = True
             yield record
@@ -100,24 +122,24 @@ def _first_lines(path: str, count: int) -> Iterator[tuple[dict, str]]:
     with open(path, "rb") as file:
         filled = ((number, line) for number, line in enumerate(file, 1) if line.removeprefix(BOM).strip())
         for number, line in islice(filled, count):
-            yield _parse(_decode(line.removeprefix(BOM).rstrip(), path, number), path, number), f"{path}:{number}"
+            yield parse_json(_decode(line.removeprefix(BOM).rstrip(), path, number), path, number), f"{path}:{number}"
 
 
 def _name(path: str) -> str:
     return re.sub(r"[*?\[\]]", "", Path(path).stem) or Path(path).parent.name
 
 
-def _find(path: str) -> list[str]:
-    """The files of a path, sorted."""
+def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files of a path, sorted; of a folder those with one of these suffixes."""
     if glob.has_magic(path) and not Path(path).exists():
         found = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
         if not found:
             raise DataError(f"{path}: no file matches: check the pattern, which is relative to the folder the run is started in")
         return found
     if Path(path).is_dir():
-        found = sorted(str(p) for p in Path(path).iterdir() if p.suffix in SUFFIXES and p.is_file())
+        found = sorted(str(p) for p in Path(path).iterdir() if p.suffix in suffixes and p.is_file())
         if not found:
-            raise DataError(f"{path}: no data in this folder: expected files ending in {', '.join(SUFFIXES)}")
+            raise DataError(f"{path}: no data in this folder: expected files ending in {', '.join(suffixes)}")
         return found
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file: check the path, which is relative to the folder the run is started in")
@@ -129,17 +151,22 @@ def _is_array(path: str) -> bool:
     with open(path, "rb") as file:
         head = file.read(3)
         file.seek(3 if head == BOM else 0)
-        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise DataError(f"{path}:1:1: UTF-16 text, expected UTF-8: save the file as UTF-8")
-        if head[:2] == b"\x1f\x8b" or head == b"PAR":
-            raise DataError(f"{path}: a gzip or parquet file, expected JSON or JSON Lines: unpack or convert it first")
+        check_head(path, head, "JSON or JSON Lines")
         while chunk := file.read(4096):
             if chunk.strip():
                 return chunk.lstrip()[:1] == b"["
     return False
 
 
-def _index_lines(path: str) -> tuple[list[tuple[int, int, int]], bytes]:
+def check_head(path: str, head: bytes, expected: str) -> None:
+    """Raises DataError for what is no UTF-8 text, by a file's first three bytes."""
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path}:1:1: UTF-16 text, expected UTF-8: save the file as UTF-8")
+    if head[:2] == b"\x1f\x8b" or head == b"PAR":
+        raise DataError(f"{path}: a gzip or parquet file, expected {expected}: unpack or convert it first")
+
+
+def _index_lines(path: str) -> tuple[Spans, bytes]:
     """(start, end, line) of each line that is not blank, and the file's hash."""
     spans, at, hasher = [], 0, hashlib.sha256()
     with open(path, "rb") as file:
@@ -152,7 +179,7 @@ def _index_lines(path: str) -> tuple[list[tuple[int, int, int]], bytes]:
     return spans, hasher.digest()
 
 
-def _index_array(path: str) -> tuple[list[tuple[int, int, int]], bytes]:
+def _index_array(path: str) -> tuple[Spans, bytes]:
     """(start, end, line) of each element, and the file's hash. The whole file is held for this pass only."""
     data = Path(path).read_bytes()
     text = _decode(data.removeprefix(BOM), path, 1)
@@ -195,7 +222,8 @@ def _decode(data: bytes, path: str, line: int) -> str:
         raise DataError(f"{path}:{row}:{column}: the byte 0x{data[error.start]:02x} is not UTF-8: save the file as UTF-8") from error
 
 
-def _parse(text: str, path: str, line: int) -> dict:
+def parse_json(text: str, path: str, line: int) -> dict:
+    """A record. Raises DataError naming file, line and column."""
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:

@@ -1,22 +1,32 @@
-"""From config to batches: tokenizer and template, the tokenised caches, the training loader and the validation passes."""
+"""From config to batches: tokenizer and template, the tokenised caches, the training loader and the validation passes.
 
-from collections.abc import Iterable, Mapping
+Chats (SourceConfig, with a template) and documents (TextConfig, without one) differ in how a record becomes tokens, and in nothing
+after that.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
 from torchft.data.loader import DataConfig, Loader, evaluation_steps
 from torchft.data.sources import SourceConfig, open_records
 from torchft.data.templates import Template, build_template
+from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
 from torchft.data.tokenize import encode_record, truncate
 from torchft.dist import World
+from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
+from torchft.models.spec import ModelSpec
 from torchft.parallel.mesh import Mesh
 from torchft.tokenizers.load import load_tokenizer
 from torchft.tokenizers.protocol import Tokenizer
 
 log = get_logger(__name__)
+
+Source = SourceConfig | TextConfig
 
 
 @dataclass
@@ -25,12 +35,17 @@ class TokenizerConfig:
     template: str = "auto"  # chat template: auto (the tokenizer's own) or chatml
 
 
+@dataclass
+class TextTokenizerConfig:
+    path: str | None = None  # folder with tokenizer.json or tokenizer.model; null: model.path
+
+
 @dataclass(frozen=True)
 class Text:
-    """How chats become tokens."""
+    """How records become tokens."""
 
     tokenizer: Tokenizer
-    template: Template
+    template: Template | None  # None: documents, not chats
 
 
 @dataclass(frozen=True)
@@ -42,18 +57,31 @@ class Rows:
     mesh: Mesh
 
 
-def build_text(cfg: TokenizerConfig, model_path: str | None) -> Text:
-    """Reads tokenizer and template. Raises DataError if there are none."""
+def build_text(cfg: TokenizerConfig | TextTokenizerConfig, model_path: str | None) -> Text:
+    """Reads the tokenizer and, for chats, the template. Raises ConfigError or DataError if there are none."""
+    if not (cfg.path or model_path):
+        fix = "give a folder that has one; scripts/train_tokenizer.py makes one from your own text"
+        raise ConfigError(Problem("tokenizer.path", "nothing, and no model.path", "a folder with a tokenizer", fix))
     tokenizer = load_tokenizer(Path(cfg.path or model_path or ""))
-    return Text(tokenizer, build_template(cfg.template, tokenizer))
+    return Text(tokenizer, build_template(cfg.template, tokenizer) if isinstance(cfg, TokenizerConfig) else None)
 
 
-def build_caches(sources: Iterable[SourceConfig], text: Text, cfg: DataConfig, world: World) -> list[TokenCache]:
+def check_vocabulary(spec: ModelSpec, text: Text) -> Iterator[Problem]:
+    """A model from scratch or a continued one needs a row for each token of documents; chat models may name tokens they never use."""
+    size = text.tokenizer.vocab_size
+    if text.template is None and size > spec.vocab_size:
+        fix = f"set model.spec.vocab_size={-(-size // 64) * 64}, or take the model's own tokenizer"
+        yield Problem("model.spec.vocab_size", str(spec.vocab_size), f"at least the tokenizer's {size} tokens", fix)
+
+
+def build_caches(sources: Iterable[Source], text: Text, cfg: DataConfig | TextDataConfig, world: World) -> list[TokenCache]:
     """The tokenised sources, made by all ranks together where they don't exist yet."""
     return [_build_cache(source, text, cfg, world) for source in sources]
 
 
-def build_loader(caches: list[TokenCache], cfg: DataConfig, rows: Rows, text: Text, *, global_batch_size: int, seed: int) -> Loader:
+def build_loader(
+    caches: list[TokenCache], cfg: DataConfig | TextDataConfig, rows: Rows, text: Text, *, global_batch_size: int, seed: int
+) -> Loader:
     """The training loader of this data rank."""
     return Loader(
         caches,
@@ -73,7 +101,9 @@ def build_loader(caches: list[TokenCache], cfg: DataConfig, rows: Rows, text: Te
     )
 
 
-def validation_passes(caches: Mapping[str, TokenCache], cfg: DataConfig, rows: Rows, text: Text) -> dict[str, Iterable[list[Batch]]]:
+def validation_passes(
+    caches: Mapping[str, TokenCache], cfg: DataConfig | TextDataConfig, rows: Rows, text: Text
+) -> dict[str, Iterable[list[Batch]]]:
     """One pass over each validation source, in file order; the same number of steps on every rank."""
     return {
         name: evaluation_steps(
@@ -93,16 +123,28 @@ def validation_passes(caches: Mapping[str, TokenCache], cfg: DataConfig, rows: R
     }
 
 
-def _build_cache(source: SourceConfig, text: Text, cfg: DataConfig, world: World) -> TokenCache:
+def _build_cache(source: Source, text: Text, cfg: DataConfig | TextDataConfig, world: World) -> TokenCache:
+    plan = _documents(source, text) if isinstance(source, TextConfig) else _chats(source, text, cfg)
+    return build_cache(cfg.cache, **plan, rank=world.rank, world_size=world.size, report=log.info)
+
+
+def _chats(source: SourceConfig, text: Text, cfg: DataConfig) -> dict[str, Any]:
+    """What build_cache needs to know of chats."""
     records = open_records(source)
-    return build_cache(
-        cfg.cache,
-        records,
-        lambda record, where: encode_record(record, where, format=source.format, template=text.template),
-        CacheKey(records.digest, source.format, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
-        truncate=lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where),
-        rank=world.rank,
-        world_size=world.size,
-        max_dropped_share=cfg.max_dropped_share,
-        report=log.info,
-    )
+    return {
+        "records": records,
+        "encode": lambda record, where: encode_record(record, where, format=source.format, template=text.template),
+        "key": CacheKey(records.digest, source.format, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
+        "truncate": lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where),
+        "max_dropped_share": cfg.max_dropped_share,
+    }
+
+
+def _documents(source: TextConfig, text: Text) -> dict[str, Any]:
+    """The same of documents: whole, so that one cache serves every seq_len."""
+    records = open_documents(source)
+    return {
+        "records": records,
+        "encode": lambda record, where: encode_document(record, where, text_key=source.text_key, tokenizer=text.tokenizer),
+        "key": CacheKey(records.digest, "text", text.tokenizer.digest, "", 0, "none"),
+    }

@@ -18,11 +18,13 @@ from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.store import Store
 from torchft.data.cache import TokenCache
 from torchft.data.loader import DataConfig, Loader
+from torchft.data.text import TextDataConfig
 from torchft.dtypes import DTYPES
 from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
 from torchft.losses.cross_entropy import build_loss
-from torchft.models.build import read_config, spec_of_size
+from torchft.models.build import read_config
+from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.init import init_weights
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import build_optimizer
@@ -32,7 +34,7 @@ from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
 from torchft.train.checks import check_job
-from torchft.train.data import Rows, Text, build_caches, build_loader, build_text, validation_passes
+from torchft.train.data import Rows, Text, build_caches, build_loader, build_text, check_vocabulary, validation_passes
 from torchft.train.run import Run
 from torchft.train.step import NonFinite, evaluate
 
@@ -43,15 +45,20 @@ log = get_logger(__name__)
 class ModelConfig:
     path: str | None = None  # HF folder: config.json and safetensors (scripts/convert_checkpoint.py makes one)
     family: str | None = None  # instead of path: a family, such as llama ...
-    size: str | None = None  # ... and one of its named sizes
+    size: str | None = None  # ... and one of its named sizes ...
+    spec: CustomSpec = field(default_factory=CustomSpec)  # ... or, or with, numbers of your own
     init: Literal["weights", "random"] = "weights"  # weights: read them from path; random: fresh from the seed
 
     def check(self) -> Iterator[Problem]:
         if bool(self.path) == bool(self.family):
             given = f"{self.path!r} and model.family={self.family!r}"
             yield Problem("model.path", given, "a HF folder, or model.family with model.size", "give exactly one of them")
-        elif self.family and not self.size:
-            yield Problem("model.size", "nothing", f"a named size of {self.family}", "see docs/models.md for the sizes")
+        elif self.path and self.spec.given():
+            fix = "leave model.spec out, or give model.family instead of model.path"
+            yield Problem("model.spec", ", ".join(self.spec.given()), "nothing: config.json in model.path has the numbers", fix)
+        elif self.family and not self.size and self.spec.missing():
+            expected = f"a named size of {self.family}, or model.spec with {', '.join(self.spec.missing())}"
+            yield Problem("model.size", "nothing", expected, "see docs/models.md for the sizes")
         elif self.family and self.init == "weights":
             yield Problem("model.init", "weights", "random, since model.family has no weights", "set model.init=random, or give model.path")
 
@@ -100,7 +107,7 @@ class Job:
     loader: Loader
     store: Store
     rows: Rows
-    data: DataConfig
+    data: DataConfig | TextDataConfig
     validation: dict[str, TokenCache]
     num_steps: int
 
@@ -113,11 +120,14 @@ class Job:
 def build_job(cfg, run: Run) -> Job:
     """cfg: a recipe's config. Raises ConfigError, DataError or CheckpointError; a rank that fails alone is ended by the launcher."""
     mesh, world = run.mesh, run.world
-    spec = read_config(cfg.model.path)[0] if cfg.model.path else spec_of_size(cfg.model.family, cfg.model.size)
+    spec = read_config(cfg.model.path)[0] if cfg.model.path else custom_spec(cfg.model.family, cfg.model.size, cfg.model.spec)
     problems = list(check_job(cfg, spec, mesh))
     if problems:
         raise ConfigError(problems)
     text = build_text(cfg.tokenizer, cfg.model.path)
+    problems = list(check_vocabulary(spec, text))
+    if problems:
+        raise ConfigError(problems)
     train = build_caches(cfg.data.train, text, cfg.data, world)
     validation = dict(zip(cfg.data.validation, build_caches(cfg.data.validation.values(), text, cfg.data, world), strict=True))
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)

@@ -1,0 +1,77 @@
+"""Pretraining of a language model on plain text, from scratch (model.family) or continued (model.path).
+
+    python recipes/pretrain.py --config configs/quickstart/pretrain.yaml
+    torchrun --nproc_per_node 8 recipes/pretrain.py --config configs/llama3/1b_pretrain.yaml 'data.train=[{path: corpus/*.jsonl}]'
+
+Documents are laid end to end and cut into rows of data.seq_len tokens; each sees itself alone, and all of it is trained. One process
+or many, CPU or CUDA: the same script and the same numbers. `--help` lists every key; docs/pretraining.md has clusters.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchft.checkpoint.store import CheckpointConfig
+from torchft.config.load import load_config
+from torchft.data.text import TextDataConfig
+from torchft.losses.cross_entropy import LossConfig
+from torchft.metrics.sinks import MetricsConfig
+from torchft.optim.build import OptimConfig, set_lr
+from torchft.optim.schedules import ScheduleConfig
+from torchft.parallel.compile import CompileConfig
+from torchft.parallel.fsdp import PrecisionConfig
+from torchft.parallel.mesh import ParallelConfig
+from torchft.parallel.recompute import MemoryConfig
+from torchft.train.data import TextTokenizerConfig
+from torchft.train.finish import ExportConfig, finish_run
+from torchft.train.run import Run, run_recipe
+from torchft.train.setup import ModelConfig, TrainConfig, ValidateConfig, build_job
+from torchft.train.step import train_step
+
+
+@dataclass
+class Config:
+    output_dir: str  # folder of the run: checkpoints, metrics, plots, the exported model
+    seed: int = 0  # of the data order and of random weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
+    plugins: list[str] = field(default_factory=list)  # Python modules or files of your own to import first
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
+    data: TextDataConfig = field(default_factory=TextDataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def main(argv: list[str]) -> int:
+    """Trains as the command line says; the exit code."""
+    cfg = load_config(Config, argv, description=__doc__ or "")
+    with Run(cfg) as run:
+        job = build_job(cfg, run)
+        if cfg.validate.at_start and run.step == 0:
+            run.log_validation(0, job.validate())
+
+        for step in run.steps(last=job.num_steps):
+            lr = job.schedule(step)
+            set_lr(job.optimizer, lr)
+            with run.meter.waiting():
+                batches = job.loader.next_step()
+            stats = train_step(job.parts, batches, job.loss, job.optimizer, max_norm=cfg.optim.max_norm, nonfinite=cfg.train.nonfinite)
+            run.log(step, stats, lr)
+            if cfg.validate.is_due(step, last=job.num_steps):
+                job.store.note_metric(step, run.log_validation(step, job.validate()))
+            job.store.save_if_due(step)
+
+        return finish_run(cfg, run, job)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

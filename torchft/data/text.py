@@ -1,0 +1,142 @@
+"""Plain text for pretraining: files of text, or JSON records with a text in them -> documents.
+
+    .txt, .md      the whole file is one document, or it is split at blank lines or at a separator of yours
+    .json, .jsonl  one document a record: {"text": ...}
+
+A document is the text as it stands, without the line breaks at its two ends; in text files `\\r\\n` counts as `\\n`. Its tokens are BOS
+(if the tokenizer adds one), the text, EOS; each is trained but the first, which nothing predicts. Text never becomes a special token.
+"""
+
+import hashlib
+import mmap
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from torchft.data.sources import BOM, SUFFIXES, Records, Spans, check_head, find_files, index_files, index_json, parse_json
+from torchft.data.types import Encoded
+from torchft.errors import DataError, Problem
+from torchft.tokenizers.protocol import Tokenizer
+
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
+
+
+@dataclass
+class TextConfig:
+    """One source of documents."""
+
+    path: str = "???"  # a .txt, .md, .json or .jsonl file, a folder of them, or a glob
+    separator: str | None = None  # between documents of a text file: blank_lines, or a text such as <|endoftext|>; null: a file is one
+    text_key: str = "text"  # where a JSON record has its text
+    name: str | None = None  # in logs and metrics; null: the path's last part
+    max_samples: int | None = None  # the first so many documents; null: all
+
+    def check(self) -> Iterator[Problem]:
+        if self.max_samples is not None and self.max_samples < 1:
+            yield Problem("max_samples", str(self.max_samples), "at least 1", "leave it out to take all", where=f"source {self.path}")
+        if self.separator == "":
+            yield Problem("separator", "an empty text", "blank_lines, a text, or null", "set it to null", where=f"source {self.path}")
+
+
+@dataclass
+class TextDataConfig:
+    """Section `data` of pretraining."""
+
+    train: list[TextConfig] = field(default_factory=list)  # training sources, one after the other
+    validation: dict[str, TextConfig] = field(default_factory=dict)  # validation sources by name
+    seq_len: int = 2048  # tokens in a row; documents are cut at its end and go on in the next row
+    shuffle: bool = True  # a new order of documents in each epoch; false: the files' order
+    window: int = 4096  # documents planned at once; part of what the order depends on
+    seed: int | None = None  # of the order; null: the run's seed
+    workers: int = 1  # threads that prepare the next step's batches: 0 or 1
+    cache: str = ".cache/tokens"  # folder of tokenised sources, seen by all processes
+    packing: ClassVar = "cut"
+
+    def check(self) -> Iterator[Problem]:
+        if not self.train:
+            yield Problem("data.train", "no source", "at least one source", "add one, e.g. data.train=[{path: book.txt}]")
+        if self.seq_len < 2:
+            yield Problem("data.seq_len", str(self.seq_len), "at least 2", "use e.g. 2048")
+        if self.window < 1:
+            yield Problem("data.window", str(self.window), "at least 1", "use 4096")
+        if self.workers not in (0, 1):
+            yield Problem("data.workers", str(self.workers), "0 or 1", "use 1")
+
+
+def open_documents(cfg: TextConfig) -> Records:
+    """Indexes and hashes the files of a source. Raises DataError if there are none, or none with a document."""
+    files = find_files(cfg.path, (*TEXT_SUFFIXES, *SUFFIXES))
+    strange = [path for path in files if Path(path).suffix.lower() not in (*TEXT_SUFFIXES, *SUFFIXES)]
+    if strange:
+        kinds = ", ".join((*TEXT_SUFFIXES, *SUFFIXES))
+        raise DataError(f"{strange[0]}: whether this is text or JSON is told by the name's ending, expected {kinds}: rename the file")
+
+    def index_file(path: str) -> tuple[Spans, bytes]:
+        return _index_text(path, cfg.separator) if _is_text(path) else index_json(path)
+
+    def parse(text: str, path: str, line: int) -> dict:
+        return {cfg.text_key: text.replace("\r\n", "\n")} if _is_text(path) else parse_json(text, path, line)
+
+    options = ["text", cfg.separator, cfg.text_key, cfg.max_samples]
+    return index_files(files, cfg.path, options, index_file, parse, cfg.name, cfg.max_samples)
+
+
+def encode_document(record: dict, where: str, *, text_key: str, tokenizer: Tokenizer) -> Encoded | None:
+    """A record's text with BOS and EOS, all of it trained; None if it is empty. Raises DataError naming `where`."""
+    text = record.get(text_key)
+    if not isinstance(text, str):
+        given = "nothing" if text_key not in record else type(text).__name__
+        keys = ", ".join(list(record)[:20]) or "none"
+        raise DataError(
+            f"{where}: no text\n  given:    {given} under {text_key!r}; the record's keys are {keys}\n  expected: a string\n"
+            "  fix:      name the key that holds the text by the source's text_key"
+        )
+    if tokenizer.eos_id is None:
+        raise DataError("the tokenizer has no end token, which ends each document: set eos_token in tokenizer_config.json")
+    text = text.strip("\r\n")
+    if not text.strip():
+        return None
+    try:
+        text.encode()  # half a surrogate pair is no text
+        ids = [*([tokenizer.bos_id] if tokenizer.adds_bos else []), *tokenizer.encode(text), tokenizer.eos_id]
+    except (DataError, UnicodeEncodeError) as error:
+        raise DataError(f"{where}: {error}") from error
+    weights = np.ones(len(ids), np.float32)
+    weights[0] = 0
+    return Encoded(np.array(ids, np.int32), weights)
+
+
+def _is_text(path: str) -> bool:
+    return Path(path).suffix.lower() in TEXT_SUFFIXES
+
+
+def _index_text(path: str, separator: str | None) -> tuple[Spans, bytes]:
+    """(start, end, line) of each document that is not blank, and the file's hash. The file is mapped, not read as a whole."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+        file.seek(0)
+        head = file.read(3)
+        check_head(path, head, "text")
+        if not file.seek(0, 2):
+            return [], digest
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return list(_spans(data, len(BOM) if head == BOM else 0, separator)), digest
+
+
+def _spans(data: mmap.mmap, start: int, separator: str | None) -> Iterator[tuple[int, int, int]]:
+    pattern = BLANK_LINES if separator == "blank_lines" else re.compile(re.escape((separator or "").encode()))
+    cuts = [(m.start(), m.end()) for m in pattern.finditer(data)] if separator else []
+    line = 1
+    for end, following in [*cuts, (len(data), len(data))]:
+        piece = data[start:end]
+        text = piece.strip(b"\r\n")
+        skipped = len(piece) - len(piece.lstrip(b"\r\n"))
+        if text.strip():
+            yield start + skipped, start + skipped + len(text), line + piece.count(b"\n", 0, skipped)
+        line += data[start:following].count(b"\n")
+        start = following
