@@ -2,6 +2,7 @@
 
 import io
 import json
+import mmap
 import math
 import re
 from dataclasses import replace
@@ -123,9 +124,10 @@ def test_mfu_and_peaks():
 def test_memory_counts_what_is_held():
     """64 MiB more held are 64 MiB more in use, and the peak is at least what is in use."""
     before = now_gib(CPU)
-    held = torch.ones(64 << 18)
+    held = mmap.mmap(-1, 64 << 20)  # fresh pages: an allocator may hand out memory that the process had already
+    held.write(b"x" * (64 << 20))
     after = now_gib(CPU)
-    assert held.sum() > 0 and 0.05 < after - before < 0.1
+    assert 0.05 < after - before < 0.2
     assert after <= peak_gib(CPU) + 0.01 < 64
 
 
