@@ -2,8 +2,8 @@
 
 import io
 import json
-import mmap
 import math
+import mmap
 import re
 from dataclasses import replace
 
