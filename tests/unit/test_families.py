@@ -12,6 +12,8 @@ from torchft.checkpoint.tensor_files import LazyTensor
 from torchft.errors import ConfigError
 from torchft.metrics.flops import matmul_parameters
 from torchft.models.build import FAMILIES, spec_from_config
+from torchft.models.decoder import build_decoder
+from torchft.models.init import init_weights
 from torchft.models.keys import Stored, hf_name, map_from_hf, stored_as
 
 PARAMETERS = {  # as published; of gemma3 from 4b on the text part
@@ -151,6 +153,17 @@ def test_every_key_that_is_read_changes_the_spec(name):
         changes = {key: value for key, value in changes.items() if key not in ("hidden_size", "num_attention_heads")}  # other factors then
     specs = [spec_from_config(config | {key: value}, where="x") for key, value in changes.items()]
     assert len(set(map(repr, [spec_from_config(config, where="x"), *specs]))) == len(changes) + 1
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "qwen3"])
+def test_norms_begin_as_the_identity(name):
+    """A weight of 0 where the norm multiplies by 1 + weight, else 1; biases 0."""
+    spec = tiny_spec(name)
+    model = build_decoder(spec, device="cpu")
+    init_weights(model.named_parameters(), spec, 0)
+    vectors = {key: p for key, p in model.named_parameters() if p.ndim == 1}
+    for key, p in vectors.items():
+        assert (p == (0.0 if spec.norm.unit_offset or key.endswith(".bias") else 1.0)).all(), key
 
 
 def test_score_and_value_heads_have_hf_names():
