@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 import torchft
 from torchft.cli.main import VERBS, main
@@ -78,7 +79,8 @@ def test_every_config_names_a_recipe_that_loads_it():
     """The recipe of each config is the one of its first comment, and its config class takes every key of the file."""
     for config in shipped("config"):
         recipe = load_recipe(find_shipped(recipe_of(config), "recipe").path)
-        load_config(recipe.Config, ["--config", str(config.path), "model.path=x"], description="")
+        given = [f"{key}=x" for key in sorted(OmegaConf.missing_keys(OmegaConf.load(config.path)))]
+        load_config(recipe.Config, ["--config", str(config.path), *given], description="")
 
 
 def test_names_of_an_installed_wheel(tmp_path):
@@ -111,7 +113,7 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "words, expected", [(["va"], "validate"), (["run", "full"], "full_finetune"), (["cat", "quick"], "quickstart/full")]
+    "words, expected", [(["va"], "validate"), (["run", "full"], "full_finetune"), (["cat", "quickstart/f"], "quickstart/full")]
 )
 def test_bash_completion(tmp_path, words, expected):
     """The script that bash sources offers verbs, then names."""
