@@ -14,6 +14,9 @@ def check_job(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     yield from _check_lengths(cfg, spec, mesh)
     yield from _check_batches(cfg, mesh)
     yield from _check_validation(cfg)
+    if cfg.optim.name == "adamw_8bit" and mesh.degrees["tp"] > 1:
+        expected = "parallel.tp=1: its blocks of 256 numbers can't be cut by columns"
+        yield Problem("optim.name", "adamw_8bit", expected, "use optim.name=adamw or adafactor, or set parallel.tp=1")
 
 
 def _check_lengths(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
