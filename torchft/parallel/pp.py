@@ -71,7 +71,7 @@ class Pipeline:
 
     def sum_tied_gradient(self) -> None:
         """Adds up the embedding's gradient over the first and the last stage; both hold the sum afterwards."""
-        if self.tied_group is not None:
+        if self.tied_group is not None and self.module.embed_tokens.weight.requires_grad:
             grad = self.module.embed_tokens.weight.grad
             dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=self.tied_group)
 

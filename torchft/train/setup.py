@@ -33,6 +33,7 @@ from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
 from torchft.train.checks import check_job
 from torchft.train.data import Rows, Text, build_caches, build_loader, build_text, validation_passes
+from torchft.train.freeze import apply_freeze, base_of
 from torchft.train.run import Run
 from torchft.train.step import NonFinite, evaluate
 
@@ -45,6 +46,8 @@ class ModelConfig:
     family: str | None = None  # instead of path: a family, such as llama ...
     size: str | None = None  # ... and one of its named sizes
     init: Literal["weights", "random"] = "weights"  # weights: read them from path; random: fresh from the seed
+    train: list[str] = field(default_factory=list)  # parameters to train: globs on names, first:N, last:N (layers); empty: all
+    freeze: list[str] = field(default_factory=list)  # parameters to freeze of those, written the same way
 
     def check(self) -> Iterator[Problem]:
         if bool(self.path) == bool(self.family):
@@ -124,6 +127,7 @@ def build_job(cfg, run: Run) -> Job:
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     loader = build_loader(train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
+    base = base_of(cfg)
     saved: dict[str, Any] = {}  # filled below; the store asks for it at each save
     store = Store(
         run.folder / "checkpoints",
@@ -133,11 +137,14 @@ def build_job(cfg, run: Run) -> Job:
         extra_state=lambda: {**run.counters(), "loader": loader.state(), **saved},
         config_hash=run.config_hash,
         mesh=mesh.degrees,
+        base=base,
     )
-    state = store.resume()
-    if state is None:
+    if base:  # checkpoints don't hold frozen weights
         load_initial_weights(cfg, spec, parts)
-    else:
+    state = store.resume()
+    if state is None and not base:
+        load_initial_weights(cfg, spec, parts)
+    if state is not None:
         loader.load_state(state["loader"])
         run.restore(state)
     num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
@@ -162,6 +169,7 @@ def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
 def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     """The parallelised model, allocated, its values not yet set."""
     modules = build_stages(spec, mesh, DTYPES[cfg.precision.params])
+    apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze, mesh)
     parts = parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
     problems = list(check_rules(parts.trainable, cfg.optim))
     if problems:
