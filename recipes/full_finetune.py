@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
             lr = job.schedule(step)
             set_lr(job.optimizer, lr)
             with run.meter.waiting():
-                batches = job.loader.next_step()
+                batches = job.next_step(step)
             stats = train_step(job.parts, batches, job.loss, job.optimizer, max_norm=cfg.optim.max_norm, nonfinite=cfg.train.nonfinite)
             run.log(step, stats, lr)
             if cfg.validate.is_due(step, last=job.num_steps):

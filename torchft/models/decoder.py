@@ -53,13 +53,16 @@ class Decoder(nn.Module):
         reduce: Callable[[Tensor, Heads], Any] | None = None,
         cache: KVCache | None = None,
         scale: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Any:
         """x: tokens (b, t) on the first stage, hidden (b, t, d) on later ones; positions (b, t).
 
         Gives hidden (b, t, d) before the last stage; on the last `reduce(hidden, heads)`, or the logits (b, t, v) without `reduce`.
-        scale: the step's loss scale / count, for losses that arise inside layers.
+        scale: the step's loss scale / count, for losses that arise inside layers. noise (b, t, d): added to the embeddings.
         """
         h = self.embed_tokens(x) if self.first else x
+        if noise is not None and self.first:
+            h = h + noise.to(h.dtype)
         tables = {name: rope.table(positions, h.dtype) for name, rope in self.ropes.items()}
         prepared = self._prepare(layout)
         for index, block in self.layers.items():

@@ -40,7 +40,9 @@ def parallelize(
         if mesh.device_mesh is not None:
             apply_fsdp(module, mesh, precision, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard)
         module.to_empty(device=mesh.device)
-    return Parts(list(modules), mesh, _over_stages(trainable, mesh), _pipeline(modules, mesh, parallel, precision))
+    pipeline = _pipeline(modules, mesh, parallel, precision)
+    tokens_over = mesh.degrees["tp"] if parallel.sequence_parallel else 1
+    return Parts(list(modules), mesh, _over_stages(trainable, mesh), pipeline, tokens_over)
 
 
 def _pipeline(modules: Sequence[Decoder], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> Pipeline | None:

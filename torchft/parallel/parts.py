@@ -15,6 +15,7 @@ from torchft.batch import Across, Batch, Heads, Loss
 from torchft.models.decoder import Decoder
 from torchft.parallel.grads import clip, global_norm
 from torchft.parallel.mesh import Mesh
+from torchft.parallel.noise import embedding_noise
 from torchft.parallel.pp import Pipeline
 
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), this rank's micro-batches
@@ -28,6 +29,7 @@ class Parts:
     mesh: Mesh
     trainable: frozenset[str]
     pipeline: Pipeline | None = None
+    tokens_over: int = 1  # tp ranks among which the stream's tokens are dealt (sequence parallelism)
 
     @property
     def has_first(self) -> bool:
@@ -61,7 +63,7 @@ class Parts:
         batches = [self.place(batch) for batch in batches]
         reduces = [_loss_of(loss, batch, Across(scale=scale), seen) for batch in batches]
         if self.pipeline:
-            self.pipeline.run(batches, reduces, backward=True)
+            self.pipeline.run(batches, reduces, backward=True, noises=[self._noise(batch) for batch in batches])
             self.pipeline.sum_tied_gradient()
         else:
             module = self.modules[0]
@@ -69,7 +71,8 @@ class Parts:
                 if isinstance(module, FSDPModule):
                     module.set_requires_gradient_sync(i == len(batches) - 1)
                     module.set_is_last_backward(i == len(batches) - 1)
-                module(batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce).backward()
+                noise = self._noise(batch)
+                module(batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce, noise=noise).backward()
         return _add_up(seen)
 
     @torch.no_grad()
@@ -109,6 +112,11 @@ class Parts:
         if self.pipeline:  # only the last stage has numbers, the others added zeros
             dist.all_reduce(table, group=self.mesh.group("pp"))
         return {name: total / count if count else float("nan") for name, (total, count) in zip(names, table.tolist(), strict=True)}
+
+    def _noise(self, batch: Batch) -> Tensor | None:
+        """This rank's tokens of the noise on the batch's embeddings: (b, t or t / tp, d)."""
+        noise = embedding_noise(batch, self.modules[0].spec.hidden_size) if self.has_first else None
+        return noise if noise is None else noise.chunk(self.tokens_over, dim=1)[self.mesh.rank("tp") % self.tokens_over]
 
     def _names_of(self, metrics: Metrics) -> list[str]:
         """The metrics' names, which only the last pipeline stage knows."""

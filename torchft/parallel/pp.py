@@ -57,16 +57,21 @@ class Pipeline:
         self._built: dict[tuple, Any] = {}
         self.tied_group = self._tied_group()
 
-    def run(self, batches: Sequence[Batch], reduces: Sequence[Callable], *, backward: bool) -> None:
-        """One pass; reduces[i](hidden, heads) -> (1,) is called on the last stage for batches[i]. Without `backward`: forward alone."""
+    def run(
+        self, batches: Sequence[Batch], reduces: Sequence[Callable], *, backward: bool, noises: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """One pass; reduces[i](hidden, heads) -> (1,) is called on the last stage for batches[i]. Without `backward`: forward alone.
+
+        noises[i]: added to the embeddings of batches[i].
+        """
         b, t = batches[0].tokens.shape
         assert all(batch.tokens.shape == (b, t) for batch in batches), "micro-batches of a step must have one shape under pp"
         key = (b, t, len(batches), backward)
         if key not in self._built:
             self._built[key] = self._build(*key)
         args = [(batch.tokens,) if self.module.first else () for batch in batches]
-        pairs = zip(batches, reduces, strict=True)
-        kwargs = [{"layout": batch.layout(), "positions": batch.positions, "reduce": reduce} for batch, reduce in pairs]
+        each = zip(batches, reduces, noises or [None] * len(batches), strict=True)
+        kwargs = [{"layout": b.layout(), "positions": b.positions, "reduce": reduce, "noise": noise} for b, reduce, noise in each]
         run_microbatches(self._built[key], args, kwargs, list(batches) if backward else None)
 
     def sum_tied_gradient(self) -> None:

@@ -6,13 +6,13 @@ Nothing is allocated before every check has passed. A recipe's loop then uses th
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-from torchft.batch import Loss
+from torchft.batch import Batch, Loss, NoiseKey
 from torchft.checkpoint.hf import load_hf
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.store import Store
@@ -65,6 +65,7 @@ class TrainConfig:
     epochs: float | None = None  # passes over the data, parts allowed; or give steps
     global_batch_size: int = 8  # rows (packs, or samples without packing) of one optimizer step over all ranks
     micro_batch_size: int = 1  # rows at once on one rank; the rest is accumulated
+    neftune: float | None = None  # noise on the embeddings in training (NEFTune), its alpha, e.g. 5; null: none
     nonfinite: NonFinite = field(default_factory=NonFinite)  # what to do when loss or gradients are not finite
 
     def check(self) -> Iterator[Problem]:
@@ -74,6 +75,8 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 yield Problem(f"train.{key}", str(value), "more than 0", "use a positive number")
+        if self.neftune is not None and not self.neftune > 0:
+            yield Problem("train.neftune", str(self.neftune), "more than 0, or null", "use e.g. 5, or null for no noise")
 
 
 @dataclass
@@ -106,6 +109,12 @@ class Job:
     data: DataConfig
     validation: dict[str, TokenCache]
     num_steps: int
+    neftune: tuple[float, int] | None = None  # alpha and seed
+
+    def next_step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of `step`, which must be the loader's next."""
+        batches = self.loader.next_step()
+        return batches if self.neftune is None else [replace(batch, noise=NoiseKey(*self.neftune, step)) for batch in batches]
 
     def validate(self) -> dict[str, float]:
         """Every validation source's metrics, as `<name>/loss`, on every rank."""
@@ -153,7 +162,9 @@ def build_job(cfg, run: Run) -> Job:
         _check_schedule(saved["schedule"], state["schedule"])
     schedule = build_schedule(cfg.schedule, cfg.optim.lr, num_steps)
     run.begin(spec, parts, num_steps=num_steps, seq_len=cfg.data.seq_len)
-    return Job(spec, text, parts, build_loss(cfg.loss), optimizer, schedule, loader, store, rows, cfg.data, validation, num_steps)
+    neftune = (cfg.train.neftune, cfg.seed) if cfg.train.neftune else None
+    loss = build_loss(cfg.loss)
+    return Job(spec, text, parts, loss, optimizer, schedule, loader, store, rows, cfg.data, validation, num_steps, neftune)
 
 
 def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:

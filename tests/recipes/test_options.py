@@ -1,0 +1,63 @@
+"""Options of the recipe, each by its effect on a run of the debug model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.recipe import arguments, rows, train
+
+SHORT = ("train.steps=3", "validate.every_steps=0", "checkpoint.every_steps=0", "schedule.warmup_steps=0", "export.hf=false")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """One token cache for all runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, cache) -> list[float]:
+    """Losses of three steps with every option at its default."""
+    return losses(tmp_path_factory.mktemp("plain"), cache)
+
+
+def losses(folder: Path, cache: Path, *overrides: str, world: int = 1) -> list[float]:
+    assert train(arguments(folder / "run", cache, *SHORT, *overrides), world) == 0
+    return [row["loss"] for row in rows(folder / "run")]
+
+
+def validation(folder: Path) -> list[dict]:
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if "val/heldout/loss" in row]
+
+
+def test_neftune_is_layout_free(cache, plain, tmp_path):
+    """Noise moves the losses, the same on one rank, two, TP, PP and for any micro-batch; validation before the first step is without."""
+    noisy = ("train.neftune=20", "validate.every_steps=3", "validate.at_start=true")
+    one = losses(tmp_path / "one", cache, *noisy)
+    assert all(abs(a - b) > 1e-4 for a, b in zip(one, plain, strict=True))
+    layouts = {
+        "small": (1, "train.micro_batch_size=1"),
+        "two": (2, "train.micro_batch_size=4"),
+        "tp": (2, "parallel.tp=2"),
+        "tp whole": (2, "parallel.tp=2 parallel.sequence_parallel=false"),
+        "pp": (2, "parallel.pp=2"),
+    }
+    for name, (world, overrides) in layouts.items():
+        other = losses(tmp_path / name, cache, *noisy, *overrides.split(), world=world)
+        assert other == pytest.approx(one, rel=1e-5), name
+    losses(tmp_path / "quiet", cache, "validate.every_steps=3", "validate.at_start=true")
+    assert validation(tmp_path / "one")[0]["val/heldout/loss"] == validation(tmp_path / "quiet")[0]["val/heldout/loss"]
+
+
+@pytest.mark.parametrize("option", ["loss.smoothing=0.1", "loss.z=0.01"])
+def test_smoothing_and_z_loss_reach_the_loss(option, cache, plain, tmp_path):
+    """The first loss is the formula's, from the same logits: a random model's cross-entropy is near log v, smoothing moves it little,
+    z adds z * logsumexp^2; later losses differ too, so the gradient has it."""
+    first, second, *_ = losses(tmp_path, cache, option)
+    if "z" in option.split("=")[0]:
+        assert 0.01 * 5.5**2 < first - plain[0] < 0.01 * 6.5**2
+    else:
+        assert 0 < abs(first - plain[0]) < 0.05 * plain[0]
+    assert abs((second - first) - (plain[1] - plain[0])) > 1e-6
