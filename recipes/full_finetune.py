@@ -22,7 +22,7 @@ from torchft.parallel.mesh import ParallelConfig
 from torchft.parallel.recompute import MemoryConfig
 from torchft.train.data import TokenizerConfig
 from torchft.train.finish import ExportConfig, finish_run
-from torchft.train.run import Run, run_recipe
+from torchft.train.run import DebugConfig, Run, run_recipe
 from torchft.train.setup import ModelConfig, TrainConfig, ValidateConfig, build_job
 from torchft.train.step import train_step
 
@@ -48,6 +48,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
 
 def main(argv: list[str]) -> int:
@@ -66,7 +67,10 @@ def main(argv: list[str]) -> int:
             stats = train_step(job.parts, batches, job.loss, job.optimizer, max_norm=cfg.optim.max_norm, nonfinite=cfg.train.nonfinite)
             run.log(step, stats, lr)
             if cfg.validate.is_due(step, last=job.num_steps):
-                job.store.note_metric(step, run.log_validation(step, job.validate()))
+                metrics = run.log_validation(step, job.validate())
+                job.store.note_metric(step, metrics)
+                if job.early_stop.note(metrics):
+                    run.end_early(f"no better {cfg.validate.early_stop.metric}")
             job.store.save_if_due(step)
 
         return finish_run(cfg, run, job)

@@ -61,3 +61,63 @@ def test_smoothing_and_z_loss_reach_the_loss(option, cache, plain, tmp_path):
     else:
         assert 0 < abs(first - plain[0]) < 0.05 * plain[0]
     assert abs((second - first) - (plain[1] - plain[0])) > 1e-6
+
+
+def test_early_stop_ends_and_stays_ended(cache, tmp_path):
+    """With an impossible min_delta the second validation without a better value ends the run, saved and exported; started again it
+    makes no step. Without early stopping it goes on."""
+    options = ("train.steps=12", "validate.every_steps=2", "validate.early_stop.patience=2", "export.hf=true")
+    stopping = (*options, "validate.early_stop.metric=val/heldout/loss", "validate.early_stop.min_delta=100")
+    for _ in range(2):
+        assert len(losses(tmp_path, cache, *stopping)) == 6
+    assert (tmp_path / "run" / "export" / "step_00000006").is_dir()
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().split()[0] == "step_00000006"
+    assert "ended early" in (tmp_path / "run" / "events.jsonl").read_text()
+
+
+def test_validation_batch_size_changes_no_metric(cache, tmp_path):
+    """Rows at once in validation are a matter of speed; the loss is the same to rounding."""
+    options = ("train.steps=1", "validate.every_steps=1")
+    for name, size in (("one", "1"), ("five", "5")):
+        losses(tmp_path / name, cache, *options, f"validate.micro_batch_size={size}")
+    one, five = (validation(tmp_path / name)[0]["val/heldout/loss"] for name in ("one", "five"))
+    assert one == pytest.approx(five, rel=1e-6)
+
+
+def test_validation_batch_size_is_used(cache, tmp_path, monkeypatch):
+    """The rows of a validation's micro-batches are validate.micro_batch_size."""
+    from torchft.parallel.parts import Parts
+
+    seen, forward_only = [], Parts.forward_only
+
+    def spy(self, batches, fn):
+        seen.extend(len(batch.tokens) for batch in batches)
+        return forward_only(self, batches, fn)
+
+    monkeypatch.setattr(Parts, "forward_only", spy)
+    losses(tmp_path, cache, "train.steps=1", "validate.every_steps=1", "validate.micro_batch_size=5")
+    assert set(seen) == {5}
+
+
+def test_deterministic_mode(cache, plain, tmp_path, monkeypatch):
+    """Deterministic algorithms are on during the run and change nothing on a CPU; the next run without has them off."""
+    import torch
+
+    from torchft.parallel.parts import Parts
+
+    seen, forward_backward = [], Parts.forward_backward
+
+    def spy(self, *args, **kwargs):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return forward_backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Parts, "forward_backward", spy)
+    assert losses(tmp_path / "on", cache, "debug.deterministic=true") == plain
+    losses(tmp_path / "off", cache)
+    assert seen == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("option", ["memory.recompute=selective", "memory.recompute=full", "memory.recompute_every=2"])
+def test_recomputation_keeps_the_losses(option, cache, plain, tmp_path):
+    """Losses keep their bits."""
+    assert losses(tmp_path, cache, "memory.recompute=full", option) == plain

@@ -46,6 +46,10 @@ def _check_validation(cfg) -> Iterator[Problem]:
     if (cfg.validate.every_steps or cfg.validate.at_start) and not cfg.data.validation:
         key = "validate.every_steps" if cfg.validate.every_steps else "validate.at_start"
         yield Problem(key, str(cfg.validate.every_steps or True), "a source in data.validation", "add data.validation.NAME.path")
-    keys = [f"val/{name}/loss" for name in cfg.data.validation]
-    if cfg.checkpoint.best_by and cfg.checkpoint.best_by not in keys:
-        yield Problem("checkpoint.best_by", cfg.checkpoint.best_by, f"one of {keys}", "name a validation source's loss")
+    sources = [f"val/{name}/" for name in cfg.data.validation]
+    for key, metric in (("checkpoint.best_by", cfg.checkpoint.best_by), ("validate.early_stop.metric", cfg.validate.early_stop.metric)):
+        if metric and not any(metric.startswith(source) for source in sources):
+            expected = f"a metric of one of {[source + 'loss' for source in sources]}"
+            yield Problem(key, metric, expected, "name a metric of a source in data.validation")
+        elif metric and not cfg.validate.every_steps:
+            yield Problem(key, metric, "validation during the run", "set validate.every_steps")

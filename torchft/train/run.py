@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ from torchft.train.step import StepStats
 
 logger = log.get_logger(__name__)
 
+
+@dataclass
+class DebugConfig:
+    deterministic: bool = False  # only algorithms that give the same bits every time (CUDA); slower, and an error where there is none
+
+
 STOPPED = 75  # exit code: asked to stop, and saved
 
 
@@ -49,6 +56,7 @@ class Run:
         if cfg.precision.is_mixed:
             dist.ensure_group(self.world)
         torch.set_float32_matmul_precision(cfg.precision.matmul)
+        dist.set_deterministic(cfg.debug.deterministic)
         self.mesh = build_mesh(resolve_degrees(cfg.parallel, self.world.size), self.world.device)
         self.folder = Path(cfg.output_dir)
         self.config_hash = hashlib.sha256(json.dumps(config_dict(cfg), sort_keys=True, default=str).encode()).hexdigest()
@@ -57,7 +65,7 @@ class Run:
         self.sinks, self.meter = Sinks({}), StepMeter(0)
         self._claim_folder()
         self._stop_asked = False
-        self.stopped = False
+        self.stopped, self.ended_early = False, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
 
@@ -74,7 +82,7 @@ class Run:
 
     def steps(self, last: int) -> Iterator[int]:
         """The numbers of the steps still to make, each timed until `log`; ends early, `stopped`, on all ranks together."""
-        while self.step < last and not self.stopped:
+        while self.step < last and not self.stopped and not self.ended_early:
             self.meter.start()
             fire("step", step=self.step + 1)
             yield self.step + 1
@@ -82,6 +90,12 @@ class Run:
             self.stopped = bool(dist.agree(self._stop_asked))
         if self.stopped:
             self.sinks.event("stopped", self.step, reason="signal")
+
+    def end_early(self, reason: str) -> None:
+        """Lets `steps` end after the step that is being made; the run then finishes as after its last step. On all ranks alike."""
+        self.ended_early = True
+        self.sinks.event("ended early", self.step, reason=reason)
+        logger.info("ending early: %s", reason)
 
     def log(self, step: int, stats: StepStats, lr: float) -> None:
         """Counts the step and, when due, writes its row. Raises NumericError after too many skipped steps in a row."""

@@ -33,6 +33,7 @@ from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
 from torchft.train.checks import check_job
 from torchft.train.data import Rows, Text, build_caches, build_loader, build_text, validation_passes
+from torchft.train.early_stop import EarlyStop, EarlyStopConfig
 from torchft.train.freeze import apply_freeze, base_of
 from torchft.train.run import Run
 from torchft.train.step import NonFinite, evaluate
@@ -83,10 +84,14 @@ class TrainConfig:
 class ValidateConfig:
     every_steps: int = 0  # validate every so many steps and at the end; 0: never
     at_start: bool = False  # also before the first step
+    micro_batch_size: int | None = None  # rows at once on one rank; null: train.micro_batch_size
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)  # end the run when a metric stops getting better
 
     def check(self) -> Iterator[Problem]:
         if self.every_steps < 0:
             yield Problem("validate.every_steps", str(self.every_steps), "0 or more", "use 0 for never")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            yield Problem("validate.micro_batch_size", str(self.micro_batch_size), "at least 1, or null", "use null")
 
     def is_due(self, step: int, *, last: int) -> bool:
         """True after every `every_steps` steps and after the last."""
@@ -109,6 +114,7 @@ class Job:
     data: DataConfig
     validation: dict[str, TokenCache]
     num_steps: int
+    early_stop: EarlyStop
     neftune: tuple[float, int] | None = None  # alpha and seed
 
     def next_step(self, step: int) -> list[Batch]:
@@ -134,6 +140,7 @@ def build_job(cfg, run: Run) -> Job:
     validation = dict(zip(cfg.data.validation, build_caches(cfg.data.validation.values(), text, cfg.data, world), strict=True))
     parts = build_parts(cfg, spec, mesh)
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
+    early_stop = EarlyStop(cfg.validate.early_stop)
     loader = build_loader(train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
     base = base_of(cfg)
@@ -143,7 +150,7 @@ def build_job(cfg, run: Run) -> Job:
         parts,
         optimizer,
         cfg.checkpoint,
-        extra_state=lambda: {**run.counters(), "loader": loader.state(), **saved},
+        extra_state=lambda: {**run.counters(), "loader": loader.state(), "early_stop": early_stop.state(), **saved},
         config_hash=run.config_hash,
         mesh=mesh.degrees,
         base=base,
@@ -156,6 +163,7 @@ def build_job(cfg, run: Run) -> Job:
     if state is not None:
         loader.load_state(state["loader"])
         run.restore(state)
+        early_stop.restore(state["early_stop"])
     num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
     saved["schedule"] = {**asdict(cfg.schedule), "lr": cfg.optim.lr, "num_steps": num_steps}
     if state is not None:
@@ -164,7 +172,10 @@ def build_job(cfg, run: Run) -> Job:
     run.begin(spec, parts, num_steps=num_steps, seq_len=cfg.data.seq_len)
     neftune = (cfg.train.neftune, cfg.seed) if cfg.train.neftune else None
     loss = build_loss(cfg.loss)
-    return Job(spec, text, parts, loss, optimizer, schedule, loader, store, rows, cfg.data, validation, num_steps, neftune)
+    if early_stop.is_over:
+        run.end_early("early stop")
+    rows = replace(rows, micro_batch_size=cfg.validate.micro_batch_size or rows.micro_batch_size)  # from here on: validation's
+    return Job(spec, text, parts, loss, optimizer, schedule, loader, store, rows, cfg.data, validation, num_steps, early_stop, neftune)
 
 
 def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
