@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
             set_lr(job.optimizer, lr)
             with run.meter.waiting():
                 batches = job.next_step(step)
-            stats = train_step(job.parts, batches, job.loss, job.optimizer, max_norm=cfg.optim.max_norm, nonfinite=cfg.train.nonfinite)
+            limits = {"max_norm": cfg.optim.max_norm, "nonfinite": cfg.train.nonfinite}
+            stats = train_step(job.parts, batches, job.loss, job.optimizer, **limits, scaler=job.scaler)
             run.log(step, stats, lr)
             if cfg.validate.is_due(step, last=job.num_steps):
                 metrics = run.log_validation(step, job.validate())

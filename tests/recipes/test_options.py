@@ -121,3 +121,22 @@ def test_deterministic_mode(cache, plain, tmp_path, monkeypatch):
 def test_recomputation_keeps_the_losses(option, cache, plain, tmp_path):
     """Losses keep their bits."""
     assert losses(tmp_path, cache, "memory.recompute=full", option) == plain
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    lines = map(json.loads, (folder / "run" / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if kind in json.dumps(line)]
+
+
+def test_fp16_overflows_on_all_ranks_together_and_resumes(cache, plain, tmp_path):
+    """A loss scale far too large: both ranks skip and halve until it fits, then train near fp32's losses; the scale is in the
+    checkpoint, and a resumed run goes on to the same bits."""
+    options = ("precision.compute=fp16", f"precision.loss_scale={2.0**24}", "train.steps=16", "optim.lr=1e-3", "checkpoint.every_steps=12")
+    straight = losses(tmp_path / "two", cache, *options, world=2)
+    assert abs(straight[0] - plain[0]) < 0.01 * plain[0]
+    skipped = events(tmp_path / "two", "overflow")
+    assert 3 < len(skipped) < 16 and straight[-1] < straight[0]
+    state = json.loads((tmp_path / "two/run/checkpoints/step_00000012/state.json").read_text())
+    assert state["scaler"]["scale"] == 2.0 ** (24 - len(skipped)) and state["counters"]["skipped_steps"] == len(skipped)
+    resume = f"checkpoint.resume={tmp_path}/two/run/checkpoints/step_00000012"
+    assert losses(tmp_path / "again", cache, *options, resume, world=2) == straight[12:]

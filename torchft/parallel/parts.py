@@ -95,8 +95,13 @@ class Parts:
                 module.reshard()  # the root stays gathered after a forward; after new weights are loaded it would be stale
         return results if self.has_last else None
 
-    def clip(self, max_norm: float | None) -> Tensor:
-        """Clips all gradients to max_norm (None: no clipping); their norm over all axes before that, the same on every rank."""
+    def clip(self, max_norm: float | None, *, loss_scale: float = 1.0) -> Tensor:
+        """Takes the loss scale out of all gradients and clips them to max_norm (None: no clipping); their norm over all axes between
+        the two, the same on every rank."""
+        if loss_scale != 1.0:
+            for _, parameter in self.named_parameters(copies=True):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1.0 / loss_scale)
         norm = global_norm((p for _, p in self.named_parameters()), self.mesh.device)
         clip((p for _, p in self.named_parameters(copies=True)), max_norm, norm)
         return norm

@@ -146,11 +146,13 @@ class Run:
             (self.folder / "lock").unlink(missing_ok=True)
 
     def _count_skip(self, step: int, stats: StepStats) -> None:
-        self._skipped_in_row = self._skipped_in_row + 1 if stats.skipped else 0
+        self._skipped_in_row = self._skipped_in_row + 1 if stats.skipped and not stats.overflow else 0
         if not stats.skipped:
             return
         self.skipped_steps += 1
         self.sinks.event("skipped", step, reason=stats.skipped)
+        if stats.overflow:
+            return
         limit = self.cfg.train.nonfinite.max_in_row
         if self._skipped_in_row >= limit:
             raise NumericError(

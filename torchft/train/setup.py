@@ -36,6 +36,7 @@ from torchft.train.data import Rows, Text, build_caches, build_loader, build_tex
 from torchft.train.early_stop import EarlyStop, EarlyStopConfig
 from torchft.train.freeze import apply_freeze, base_of
 from torchft.train.run import Run
+from torchft.train.scaler import LossScaler
 from torchft.train.step import NonFinite, evaluate
 
 log = get_logger(__name__)
@@ -115,6 +116,7 @@ class Job:
     validation: dict[str, TokenCache]
     num_steps: int
     early_stop: EarlyStop
+    scaler: LossScaler | None = None  # of fp16 compute
     neftune: tuple[float, int] | None = None  # alpha and seed
 
     def next_step(self, step: int) -> list[Batch]:
@@ -141,6 +143,7 @@ def build_job(cfg, run: Run) -> Job:
     parts = build_parts(cfg, spec, mesh)
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     early_stop = EarlyStop(cfg.validate.early_stop)
+    scaler = LossScaler(cfg.precision) if cfg.precision.compute == "fp16" else None
     loader = build_loader(train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
     base = base_of(cfg)
@@ -150,7 +153,13 @@ def build_job(cfg, run: Run) -> Job:
         parts,
         optimizer,
         cfg.checkpoint,
-        extra_state=lambda: {**run.counters(), "loader": loader.state(), "early_stop": early_stop.state(), **saved},
+        extra_state=lambda: {
+            **run.counters(),
+            "loader": loader.state(),
+            "early_stop": early_stop.state(),
+            "scaler": scaler and scaler.state(),
+            **saved,
+        },
         config_hash=run.config_hash,
         mesh=mesh.degrees,
         base=base,
@@ -164,6 +173,8 @@ def build_job(cfg, run: Run) -> Job:
         loader.load_state(state["loader"])
         run.restore(state)
         early_stop.restore(state["early_stop"])
+        if scaler and state["scaler"]:
+            scaler.restore(state["scaler"])
     num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
     saved["schedule"] = {**asdict(cfg.schedule), "lr": cfg.optim.lr, "num_steps": num_steps}
     if state is not None:
@@ -175,7 +186,9 @@ def build_job(cfg, run: Run) -> Job:
     if early_stop.is_over:
         run.end_early("early stop")
     rows = replace(rows, micro_batch_size=cfg.validate.micro_batch_size or rows.micro_batch_size)  # from here on: validation's
-    return Job(spec, text, parts, loss, optimizer, schedule, loader, store, rows, cfg.data, validation, num_steps, early_stop, neftune)
+    return Job(
+        spec, text, parts, loss, optimizer, schedule, loader, store, rows, cfg.data, validation, num_steps, early_stop, scaler, neftune
+    )
 
 
 def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
