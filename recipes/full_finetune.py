@@ -23,8 +23,8 @@ from torchft.parallel.recompute import MemoryConfig
 from torchft.train.data import TokenizerConfig
 from torchft.train.finish import ExportConfig, finish_run
 from torchft.train.run import DebugConfig, Run, run_recipe
+from torchft.train.samples import sample_prompts
 from torchft.train.setup import ModelConfig, TrainConfig, ValidateConfig, build_job
-from torchft.train.step import train_step
 
 
 @dataclass
@@ -58,18 +58,19 @@ def main(argv: list[str]) -> int:
         job = build_job(cfg, run)
         if cfg.validate.at_start and run.step == 0:
             run.log_validation(0, job.validate())
+            sample_prompts(cfg, run, job, 0)
 
         for step in run.steps(last=job.num_steps):
             lr = job.schedule(step)
             set_lr(job.optimizer, lr)
             with run.meter.waiting():
                 batches = job.next_step(step)
-            limits = {"max_norm": cfg.optim.max_norm, "nonfinite": cfg.train.nonfinite}
-            stats = train_step(job.parts, batches, job.loss, job.optimizer, **limits, scaler=job.scaler)
+            stats = job.train_step(step, batches, max_norm=cfg.optim.max_norm, nonfinite=cfg.train.nonfinite)
             run.log(step, stats, lr)
             if cfg.validate.is_due(step, last=job.num_steps):
                 metrics = run.log_validation(step, job.validate())
                 job.store.note_metric(step, metrics)
+                sample_prompts(cfg, run, job, step)
                 if job.early_stop.note(metrics):
                     run.end_early(f"no better {cfg.validate.early_stop.metric}")
             job.store.save_if_due(step)

@@ -140,3 +140,89 @@ def test_fp16_overflows_on_all_ranks_together_and_resumes(cache, plain, tmp_path
     assert state["scaler"]["scale"] == 2.0 ** (24 - len(skipped)) and state["counters"]["skipped_steps"] == len(skipped)
     resume = f"checkpoint.resume={tmp_path}/two/run/checkpoints/step_00000012"
     assert losses(tmp_path / "again", cache, *options, resume, world=2) == straight[12:]
+
+
+FAKE_OOM = """
+import torch
+from torchft import dist
+from torchft.parallel.parts import Parts
+
+real = Parts._accumulate
+
+def fake(self, batches, *rest):
+    out = real(self, batches, *rest)
+    if len(batches[0].tokens) > {rows} and dist.rank() == dist.world_size() - 1:
+        raise torch.OutOfMemoryError("fake")
+    return out
+
+Parts._accumulate = fake
+"""
+
+
+@pytest.fixture
+def _unpatched(monkeypatch):
+    """Undoes what a plugin patched in this process."""
+    from torchft.parallel.parts import Parts
+
+    monkeypatch.setattr(Parts, "_accumulate", Parts._accumulate)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_auto_micro_batch_halves_on_all_ranks(world, cache, tmp_path, _unpatched):
+    """One rank runs out of memory at 4 and 2 rows after its backward: all go to 1 row and give the bits of a run that began with
+    1 row, so nothing of the failed tries is left and the global batch is the same."""
+    small = losses(tmp_path / "small", cache, "train.micro_batch_size=1", world=world)
+    plugin = tmp_path / f"oom_{world}.py"
+    plugin.write_text(FAKE_OOM.format(rows=1))
+    options = (f"plugins=[{plugin}]", "train.micro_batch_size=4", "train.auto_micro_batch=true")
+    assert losses(tmp_path / "auto", cache, *options, world=world) == small
+
+
+def test_a_row_that_never_fits_is_an_error(cache, tmp_path, _unpatched):
+    """Out of memory with one row: an error that says what to do."""
+    from torchft.errors import ConfigError
+
+    plugin = tmp_path / "oom_always.py"
+    plugin.write_text(FAKE_OOM.format(rows=0))
+    with pytest.raises(ConfigError, match="memory.recompute"):
+        losses(tmp_path, cache, f"plugins=[{plugin}]", "train.micro_batch_size=2", "train.auto_micro_batch=true")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_prompts_are_sampled_at_each_validation(world, cache, tmp_path):
+    """samples/step_N.jsonl at the start and at each validation, at most prompt_tokens new tokens; sampling moves no loss."""
+    options = ("validate.every_steps=3", "validate.at_start=true")
+    prompts = ("validate.prompts=['A table for two?', Hello]", "validate.prompt_tokens=5")
+    with_prompts = losses(tmp_path / "with", cache, *options, *prompts, world=world)
+    assert with_prompts == losses(tmp_path / "without", cache, *options, world=world)
+    files = sorted((tmp_path / "with" / "run" / "samples").iterdir())
+    assert [path.name for path in files] == ["step_00000000.jsonl", "step_00000003.jsonl"]
+    for path in files:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [row["prompt"] for row in found] == ["A table for two?", "Hello"]
+        assert all(row["text"] and row["finish"] == "length" for row in found)
+
+
+def test_prompts_need_a_whole_model(cache, tmp_path):
+    """Under TP a prompt is refused before anything is built."""
+    with pytest.raises(RuntimeError, match=r"validate.prompts"):
+        losses(tmp_path, cache, "validate.prompts=[a]", "validate.at_start=true", "parallel.tp=2", world=2)
+
+
+def test_profile_window(cache, tmp_path):
+    """The trace holds the two steps of the window and no third one; one file a rank."""
+    losses(tmp_path, cache, "metrics.profile.first_step=2", "metrics.profile.num_steps=2", world=2)
+    traces = sorted((tmp_path / "run" / "profile").iterdir())
+    assert [path.name for path in traces] == ["trace_rank0.json", "trace_rank1.json"]
+    names = [event.get("name") for event in json.loads(traces[0].read_text())["traceEvents"]]
+    assert names.count("Optimizer.step#AdamW.step") == 2
+
+
+def test_garbage_is_collected_when_told(cache, tmp_path, monkeypatch):
+    """With gc_every_steps=2 the collector is off in steps, runs after step 2 of 3, and is on again afterwards."""
+    import gc
+
+    calls, real = [], gc.collect
+    monkeypatch.setattr(gc, "collect", lambda *args: calls.append(gc.isenabled()) or real(*args))
+    losses(tmp_path, cache, "memory.gc_every_steps=2")
+    assert calls.count(False) == 1 and gc.isenabled()

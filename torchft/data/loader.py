@@ -105,17 +105,25 @@ class Loader:
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_id, self.multiple_of, self.pin_memory = pad_id, multiple_of, pin_memory
-        self.cursor = self.order.start()
+        self.cursor = self._before = self.order.start()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
         self._ahead: Future[tuple[list[Batch], Cursor]] | None = None
 
     def next_step(self) -> list[Batch]:
         """grad_accum micro-batches of (micro_batch_size, t); t is the same for all of them, on all ranks."""
-        ahead, self._ahead = self._ahead, None
+        ahead, self._ahead, self._before = self._ahead, None, self.cursor
         batches, self.cursor = ahead.result() if ahead else self._make(self.cursor)
         if self._pool:
             self._ahead = self._pool.submit(self._make, self.cursor)
         return batches
+
+    def repeat_step(self, micro_batch_size: int) -> list[Batch]:
+        """The step that next_step gave last, dealt anew in micro-batches of another size, which also holds from here on."""
+        if self._ahead:
+            self._ahead.result()  # it reads the sizes that change now
+        self.grad_accum = grad_accum(self.global_batch_size, micro_batch_size=micro_batch_size, dp_size=self.dp_size)
+        self.micro_batch_size, self.cursor, self._ahead = micro_batch_size, self._before, None
+        return self.next_step()
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Plans the whole epoch when first asked for (with packing: seconds per million samples)."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TextIO
 from torchft import dist
 from torchft.errors import Problem
 from torchft.log import get_logger
+from torchft.metrics.profile import ProfileConfig
 from torchft.metrics.rows import Row, encode_row, rewind_rows
 
 log = get_logger(__name__)
@@ -29,6 +30,8 @@ class MetricsConfig:
     every_steps: int = 1  # log every n-th step
     sinks: list[str] = field(default_factory=lambda: ["console", "jsonl"])  # where to: console, jsonl
     peak_tflops: float | None = None  # a device's dense peak in TFLOP/s, for MFU; null: from a table by the device's name, CPU none
+
+    profile: ProfileConfig = field(default_factory=ProfileConfig)  # a window of steps under torch's profiler
 
     def check(self) -> Iterator[Problem]:
         if self.every_steps < 1:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchft.batch import Across, Batch, Heads, Loss
+from torchft.dist import agree
 from torchft.models.decoder import Decoder
 from torchft.parallel.grads import clip, global_norm
 from torchft.parallel.mesh import Mesh
@@ -19,6 +20,10 @@ from torchft.parallel.noise import embedding_noise
 from torchft.parallel.pp import Pipeline
 
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), this rank's micro-batches
+
+
+class MicroBatchTooLarge(Exception):
+    """Some rank had no memory for the micro-batch; raised on every rank, with all gradients gone."""
 
 
 @dataclass
@@ -30,6 +35,7 @@ class Parts:
     trainable: frozenset[str]
     pipeline: Pipeline | None = None
     tokens_over: int = 1  # tp ranks among which the stream's tokens are dealt (sequence parallelism)
+    agrees_on_memory: bool = False  # on out-of-memory raise MicroBatchTooLarge, on all ranks; one more collective a step
 
     @property
     def has_first(self) -> bool:
@@ -59,6 +65,24 @@ class Parts:
 
         Gives the metrics of this rank's micro-batches, on the last pipeline stage; empty on the others.
         """
+        if not self.agrees_on_memory:
+            return self._accumulate(batches, loss, scale)
+        failed = False
+        try:
+            metrics = self._accumulate(batches, loss, scale)
+        except torch.OutOfMemoryError:
+            failed = True  # handled outside: the exception would keep the activations alive
+        if not agree(failed):
+            return metrics
+        for module in self.modules:
+            if isinstance(module, FSDPModule):
+                module.reset_iter_state()
+            module.zero_grad(set_to_none=True)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise MicroBatchTooLarge
+
+    def _accumulate(self, batches: Sequence[Batch], loss: Loss, scale: float) -> Metrics:
         seen: list[Metrics] = []
         batches = [self.place(batch) for batch in batches]
         reduces = [_loss_of(loss, batch, Across(scale=scale), seen) for batch in batches]

@@ -34,8 +34,11 @@ KEPT = [  # whose outputs `selective` keeps
 class MemoryConfig:
     recompute: Literal["none", "selective", "full"] = "none"  # run blocks again in backward; selective: but matrix products and attention
     recompute_every: int = 1  # recompute every so many blocks only: 1 all, 2 every second
+    gc_every_steps: int = 0  # Python's garbage collector runs every so many steps, on all ranks at once; 0: whenever it likes
 
     def check(self) -> Iterator[Problem]:
+        if self.gc_every_steps < 0:
+            yield Problem("memory.gc_every_steps", str(self.gc_every_steps), "0 or more", "use 0, or e.g. 50")
         if self.recompute_every < 1:
             yield Problem("memory.recompute_every", str(self.recompute_every), "at least 1", "use 1 for all blocks")
 

@@ -14,6 +14,10 @@ def check_job(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     yield from _check_lengths(cfg, spec, mesh)
     yield from _check_batches(cfg, mesh)
     yield from _check_validation(cfg)
+    if cfg.validate.prompts and (mesh.degrees["tp"] > 1 or mesh.degrees["pp"] > 1):
+        yield Problem("validate.prompts", str(cfg.validate.prompts), "no prompts under parallel.tp or parallel.pp", "remove them")
+    if cfg.validate.prompts and not (cfg.validate.every_steps or cfg.validate.at_start):
+        yield Problem("validate.prompts", str(cfg.validate.prompts), "validation during the run", "set validate.every_steps")
     if cfg.optim.name == "adamw_8bit" and mesh.degrees["tp"] > 1:
         expected = "parallel.tp=1: its blocks of 256 numbers can't be cut by columns"
         yield Problem("optim.name", "adamw_8bit", expected, "use optim.name=adamw or adafactor, or set parallel.tp=1")

@@ -6,6 +6,7 @@ The loop stands in the recipe; `steps` counts and times it and ends it early, on
 to stop (SIGTERM, Ctrl-C).
 """
 
+import gc
 import hashlib
 import json
 import signal
@@ -26,6 +27,7 @@ from torchft.faults import fire
 from torchft.metrics.flops import flops_per_token, mfu, peak_tflops
 from torchft.metrics.memory import peak_gib
 from torchft.metrics.meters import StepMeter
+from torchft.metrics.profile import Profiler
 from torchft.metrics.rows import train_row
 from torchft.metrics.sinks import Sinks, build_sinks
 from torchft.models.spec import ModelSpec
@@ -82,12 +84,22 @@ class Run:
 
     def steps(self, last: int) -> Iterator[int]:
         """The numbers of the steps still to make, each timed until `log`; ends early, `stopped`, on all ranks together."""
+        profiler = Profiler(self.cfg.metrics.profile, self.folder / "profile", self.world.rank, self.world.device)
+        gc_every = self.cfg.memory.gc_every_steps
+        if gc_every:
+            gc.disable()  # a collection on one rank in the middle of a step keeps all others waiting
         while self.step < last and not self.stopped and not self.ended_early:
             self.meter.start()
             fire("step", step=self.step + 1)
+            profiler.before(self.step + 1)
             yield self.step + 1
             self.step += 1
+            profiler.after(self.step)
+            if gc_every and self.step % gc_every == 0:
+                gc.collect()
             self.stopped = bool(dist.agree(self._stop_asked))
+        profiler.close()
+        gc.enable()
         if self.stopped:
             self.sinks.event("stopped", self.step, reason="signal")
 

@@ -29,7 +29,7 @@ from torchft.optim.build import build_optimizer, check_rules
 from torchft.optim.schedules import build_schedule
 from torchft.parallel.apply import parallelize
 from torchft.parallel.mesh import Mesh
-from torchft.parallel.parts import Parts
+from torchft.parallel.parts import MicroBatchTooLarge, Parts
 from torchft.parallel.pp import build_stages
 from torchft.train.checks import check_job
 from torchft.train.data import Rows, Text, build_caches, build_loader, build_text, validation_passes
@@ -37,7 +37,7 @@ from torchft.train.early_stop import EarlyStop, EarlyStopConfig
 from torchft.train.freeze import apply_freeze, base_of
 from torchft.train.run import Run
 from torchft.train.scaler import LossScaler
-from torchft.train.step import NonFinite, evaluate
+from torchft.train.step import NonFinite, StepStats, evaluate, train_step
 
 log = get_logger(__name__)
 
@@ -68,6 +68,7 @@ class TrainConfig:
     global_batch_size: int = 8  # rows (packs, or samples without packing) of one optimizer step over all ranks
     micro_batch_size: int = 1  # rows at once on one rank; the rest is accumulated
     neftune: float | None = None  # noise on the embeddings in training (NEFTune), its alpha, e.g. 5; null: none
+    auto_micro_batch: bool = False  # out of memory: halve micro_batch_size on all ranks, keep the global batch, and try the step again
     nonfinite: NonFinite = field(default_factory=NonFinite)  # what to do when loss or gradients are not finite
 
     def check(self) -> Iterator[Problem]:
@@ -86,6 +87,8 @@ class ValidateConfig:
     every_steps: int = 0  # validate every so many steps and at the end; 0: never
     at_start: bool = False  # also before the first step
     micro_batch_size: int | None = None  # rows at once on one rank; null: train.micro_batch_size
+    prompts: list[str] = field(default_factory=list)  # continued at each validation into samples/ (one process or FSDP2)
+    prompt_tokens: int = 64  # new tokens for each of them
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)  # end the run when a metric stops getting better
 
     def check(self) -> Iterator[Problem]:
@@ -93,6 +96,8 @@ class ValidateConfig:
             yield Problem("validate.every_steps", str(self.every_steps), "0 or more", "use 0 for never")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             yield Problem("validate.micro_batch_size", str(self.micro_batch_size), "at least 1, or null", "use null")
+        if self.prompt_tokens < 1:
+            yield Problem("validate.prompt_tokens", str(self.prompt_tokens), "at least 1", "use e.g. 64")
 
     def is_due(self, step: int, *, last: int) -> bool:
         """True after every `every_steps` steps and after the last."""
@@ -121,8 +126,28 @@ class Job:
 
     def next_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of `step`, which must be the loader's next."""
-        batches = self.loader.next_step()
+        return self._noisy(self.loader.next_step(), step)
+
+    def _noisy(self, batches: list[Batch], step: int) -> list[Batch]:
         return batches if self.neftune is None else [replace(batch, noise=NoiseKey(*self.neftune, step)) for batch in batches]
+
+    def train_step(self, step: int, batches: list[Batch], **limits: Any) -> StepStats:
+        """train_step on these batches of `step`; with train.auto_micro_batch again in smaller ones until they fit, on all ranks alike.
+
+        Another size makes other sums of the same numbers: the step's loss and gradient are the same to rounding.
+        """
+        while True:
+            try:
+                return train_step(self.parts, batches, self.loss, self.optimizer, **limits, scaler=self.scaler)
+            except MicroBatchTooLarge:
+                size, on_rank = self.loader.micro_batch_size, self.loader.micro_batch_size * self.loader.grad_accum
+                smaller = next((n for n in range(size // 2, 0, -1) if on_rank % n == 0), 0)
+                if not smaller:
+                    fix = "shorten data.seq_len, set memory.recompute=full, or use more processes"
+                    raise ConfigError(Problem("train.micro_batch_size", "1", "a row that fits into memory", fix)) from None
+                log.warning("out of memory at step %d: train.micro_batch_size %d -> %d from here on", step, size, smaller)
+                self.rows = replace(self.rows, micro_batch_size=min(self.rows.micro_batch_size, smaller))
+            batches = self._noisy(self.loader.repeat_step(smaller), step)
 
     def validate(self) -> dict[str, float]:
         """Every validation source's metrics, as `<name>/loss`, on every rank."""
@@ -141,6 +166,7 @@ def build_job(cfg, run: Run) -> Job:
     train = build_caches(cfg.data.train, text, cfg.data, world)
     validation = dict(zip(cfg.data.validation, build_caches(cfg.data.validation.values(), text, cfg.data, world), strict=True))
     parts = build_parts(cfg, spec, mesh)
+    parts.agrees_on_memory = cfg.train.auto_micro_batch
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     early_stop = EarlyStop(cfg.validate.early_stop)
     scaler = LossScaler(cfg.precision) if cfg.precision.compute == "fp16" else None
