@@ -14,6 +14,8 @@ from torchft.errors import TorchftError
 # verb -> its module, one line of help
 VERBS = {
     "doctor": ("torchft.cli.doctor", "check this installation: versions, devices, clashes, disk"),
+    "compare": ("torchft.cli.compare", "several runs side by side: final numbers, differing settings, curves"),
+    "report": ("torchft.cli.report", "write a run's report.html: curves, config, data, checkpoints, warnings"),
 }
 
 

@@ -1,8 +1,11 @@
 """From config to batches: tokenizer and template, the tokenised caches, the training loader and the validation passes."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
@@ -51,6 +54,16 @@ def build_text(cfg: TokenizerConfig, model_path: str | None) -> Text:
 def build_caches(sources: Iterable[SourceConfig], text: Text, cfg: DataConfig, world: World) -> list[TokenCache]:
     """The tokenised sources, made by all ranks together where they don't exist yet."""
     return [_build_cache(source, text, cfg, world) for source in sources]
+
+
+def data_facts(train: list[TokenCache], validation: Mapping[str, TokenCache]) -> list[dict[str, Any]]:
+    """What the sources hold, as JSON values: counts, and the lengths of the kept samples (shortest, median, 95%, longest)."""
+    named = [("train", cache.name, cache) for cache in train] + [("validation", name, cache) for name, cache in validation.items()]
+    return [{"use": use, "name": name, **asdict(cache.counts), "lengths": _lengths(cache)} for use, name, cache in named]
+
+
+def _lengths(cache: TokenCache) -> list[int]:
+    return np.percentile(np.diff(cache.offsets), (0, 50, 95, 100)).astype(int).tolist()
 
 
 def build_loader(caches: list[TokenCache], cfg: DataConfig, rows: Rows, text: Text, *, global_batch_size: int, seed: int) -> Loader:

@@ -1,0 +1,28 @@
+"""`torchft compare RUN RUN ...`: final numbers and differing settings as a table, curves over each other with `--html`."""
+
+import argparse
+from pathlib import Path
+
+from torchft.errors import ConfigError, Problem
+from torchft.train.compare import comparison_text, write_comparison
+from torchft.train.record import read_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run; two or more")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the curves")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the table. Raises ConfigError if there is only one run."""
+    if len(arguments.runs) < 2:
+        print(
+            "compare\n  given:    one run\n  expected: two or more\n  fix:      name another run's output_dir (for one: torchft report RUN)"
+        )
+        return 2
+    runs = [read_run(path) for path in arguments.runs]
+    print(comparison_text(runs))
+    if arguments.html:
+        write_comparison(runs, arguments.html)
+        print(f"\n{arguments.html}")
+    return 0
