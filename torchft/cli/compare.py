@@ -16,10 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table. Raises ConfigError if there is only one run."""
     if len(arguments.runs) < 2:
-        print(
-            "compare\n  given:    one run\n  expected: two or more\n  fix:      name another run's output_dir (for one: torchft report RUN)"
-        )
-        return 2
+        fix = "name another run's output_dir; for one alone: torchft report RUN"
+        raise ConfigError(Problem("compare", "one run", "two or more", fix))
     runs = [read_run(path) for path in arguments.runs]
     print(comparison_text(runs))
     if arguments.html:

@@ -15,6 +15,7 @@ from torchft.errors import TorchftError
 VERBS = {
     "doctor": ("torchft.cli.doctor", "check this installation: versions, devices, clashes, disk"),
     "compare": ("torchft.cli.compare", "several runs side by side: final numbers, differing settings, curves"),
+    "export": ("torchft.cli.export", "a step of a run as a HF folder, or as GGUF with an Ollama Modelfile"),
     "report": ("torchft.cli.report", "write a run's report.html: curves, config, data, checkpoints, warnings"),
 }
 
