@@ -59,9 +59,10 @@ def test_bit_equal_and_runs_again_what_it_says(mode: str) -> None:
     assert (after[aten.mm.default] - before[aten.mm.default]) == matmuls * 6  # q, k, v, o, gate, up; down's output is not needed
 
 
-def test_selective_with_compile() -> None:
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_with_compile(mode: str) -> None:
     """Compiled blocks keep the same gradients."""
-    got, _ = gradients(MemoryConfig("selective"), CompileConfig(enabled=True, backend="aot_eager"))
+    got, _ = gradients(MemoryConfig(mode), CompileConfig(enabled=True, backend="aot_eager"))
     expected, _ = gradients(MemoryConfig())
     assert all(torch.allclose(got[name], expected[name], rtol=1e-5, atol=1e-7) for name in expected)
 

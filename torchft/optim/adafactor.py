@@ -39,7 +39,9 @@ class Adafactor(Optimizer):
     """Takes plain parameters and DTensors of any placement. Per parameter: `step`, and `row` and `col`, or `exp_avg_sq` of a vector."""
 
     def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float, cfg: AdafactorConfig):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **vars(cfg)})
+        options = {"decay_rate": cfg.decay_rate, "clip_threshold": cfg.clip_threshold, "eps": cfg.eps}
+        scaling = {"scale_parameter": cfg.scale_parameter, "min_scale": cfg.min_scale}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **options, **scaling})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

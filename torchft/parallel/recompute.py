@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from torchft.errors import Problem
 from torchft.models.decoder import Decoder
@@ -46,17 +46,16 @@ class MemoryConfig:
 class RecomputeMixin:
     """Goes before a block's class in the swapped class: names of parameters stay as they are."""
 
-    context_fn = staticmethod(noop_context_fn)
+    def forward(self, *args, **kwargs):
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+class SelectiveMixin:
+    """As RecomputeMixin, keeping the outputs of KEPT. Its own forward: torch.compile refuses a context_fn that does nothing."""
 
     def forward(self, *args, **kwargs):
-        again = super().forward
-        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, context_fn=self.context_fn, **kwargs)
-
-
-class SelectiveMixin(RecomputeMixin):
-    """As RecomputeMixin, keeping the outputs of KEPT."""
-
-    context_fn = staticmethod(partial(create_selective_checkpoint_contexts, KEPT))
+        keep = partial(create_selective_checkpoint_contexts, KEPT)
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep, **kwargs)
 
 
 def apply_recompute(model: Decoder, cfg: MemoryConfig) -> None:
