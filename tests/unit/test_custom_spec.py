@@ -20,6 +20,13 @@ def test_numbers_without_a_size():
     assert (spec.norm, spec.rope) == (first.norm, first.rope)
 
 
+@pytest.mark.parametrize("family", [name for name, f in FAMILIES.items() if "hidden_size" in f.to_hf(next(iter(f.SIZES.values())))])
+def test_every_family_takes_the_numbers(family):
+    """Also where the family's own default is a fixed head size."""
+    spec = custom_spec(family, None, CustomSpec(**SMALL))
+    assert (spec.hidden_size, spec.num_layers, spec.attention.num_kv_heads, spec.attention.head_dim) == (96, 3, 4, 24)
+
+
 def test_changes_of_a_size():
     """A published size with one number changed differs from it in nothing else; without changes it is the size."""
     base = spec_of_size("llama", "llama3.2-1b")
@@ -43,6 +50,7 @@ def test_every_number_has_an_effect(name):
     [
         ("llama", None, SMALL | {"num_kv_heads": 3}, "model.spec.num_kv_heads"),
         ("llama", None, SMALL | {"num_heads": 5}, "model.spec.head_dim"),
+        ("llama", None, SMALL | {"num_heads": 9}, "model.spec.head_dim"),
         ("lama", None, SMALL, "did you mean llama"),
         ("llama", "llama9", {"hidden_size": 8}, "llama3-8b"),
     ],

@@ -165,6 +165,16 @@ def test_another_global_batch_size_goes_on_at_the_same_token():
     assert [row for step in first + rest for row in step][: len(rows)] == rows and state["epoch"] == 1
 
 
+def test_a_cut_document_is_taken_once():
+    """Documents are counted where they begin, tokens where they stand: 20 tokens in rows of 8, one row a step."""
+    loader = make_loader([20, 2], shuffle=False, global_batch_size=1)
+    seen = []
+    for _ in range(3):
+        loader.next_step()
+        seen.append(tuple(loader.state()["sources"][0][key] for key in ("epoch", "taken", "tokens")))
+    assert seen == [(0, 1, 8), (0, 1, 16), (1, 0, 22)]
+
+
 def test_epochs_and_sources():
     """Two sources are one set of documents, shuffled anew in each epoch, counted by source; off: the files' order."""
     caches = [text_cache([5] * 8, "a"), text_cache([9] * 4, "b")]
@@ -196,7 +206,7 @@ def test_evaluation_sees_each_token_once(world):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 4}, {"window": 6}, {"seq_len": 9}, {"shuffle": False}, {"packing": True, "seq_len": 40}, {"lengths": LENGTHS[:-1]}]
+    "change", [{"seed": 4}, {"window": 6}, {"seq_len": 9}, {"shuffle": False}, {"packing": True}, {"lengths": LENGTHS[:-1]}]
 )
 def test_changed_order_is_refused(change):
     """A state of another order, other data or other packing does not load."""
@@ -221,6 +231,8 @@ def test_piece_by_hand():
     assert first.tokens.tolist() == [[0, 1, 2]] and first.labels.tolist() == [[1, 2, 3]] and first.weights.tolist() == [[1, 1, 1]]
     assert second.tokens.tolist() == [[3, 4, 9]] and second.labels[0, 0] == 4 and second.weights.tolist() == [[1, 0, 0]]
     assert second.positions.tolist() == [[0, 1, 2]] and second.num_tokens == 2
+    pair = text_cache([5, 4])
+    assert pair.piece(0, 3, 5).follower is None and pair.piece(0, 1, 4).follower == (4, 1.0)  # never the next document's token
 
 
 def test_loss_is_that_of_separate_pieces():

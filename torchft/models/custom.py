@@ -8,6 +8,7 @@ here as well, and the export's config.json says the same.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torchft.errors import ConfigError, Problem
 from torchft.models.build import FAMILIES, spec_from_config, spec_of_size
@@ -74,8 +75,8 @@ def custom_spec(family: str, size: str | None, custom: CustomSpec) -> ModelSpec:
         )
     if size is None:
         changes = {"num_kv_heads": changes["num_heads"]} | changes
-    if "head_dim" not in changes and {"hidden_size", "num_heads"} & changes.keys():
-        config.pop("head_dim")  # from_hf derives it
+    if "head_dim" in config and "head_dim" not in changes and {"hidden_size", "num_heads"} & changes.keys():
+        changes = changes | {"head_dim": _head_dim(config | {HF_KEYS[name]: value for name, value in changes.items()})}
     if "num_layers" in changes:  # what is listed by layer ends with the layers
         by_layer = [key for key, value in config.items() if isinstance(value, list) and len(value) == base.num_layers]
         config |= {key: config[key][: changes["num_layers"]] for key in by_layer}
@@ -84,3 +85,12 @@ def custom_spec(family: str, size: str | None, custom: CustomSpec) -> ModelSpec:
         return spec_from_config(config | {HF_KEYS[name]: value for name, value in changes.items()}, where="model.spec")
     except ConfigError as error:
         raise ConfigError(replace(p, key=names.get(p.key, p.key), where="") for p in error.problems) from None
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    """hidden_size / num_heads, said out loud: the default of some families is a fixed number."""
+    hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
+    if hidden_size % (2 * num_heads):
+        given = f"hidden_size={hidden_size} / num_heads={num_heads}"
+        raise ConfigError(Problem("model.spec.head_dim", given, "an even number", "set head_dim, or change one of the two"))
+    return hidden_size // num_heads
