@@ -25,7 +25,7 @@ import torch
 
 from torchft.checkpoint.hf import load_hf
 from torchft.config.load import load_config
-from torchft.dist import environment
+from torchft.dist import child_environment, environment
 from torchft.errors import TorchftError
 from torchft.generate.generate import generate
 from torchft.generate.sampling import SamplingConfig
@@ -34,6 +34,7 @@ from torchft.models.custom import custom_spec
 from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.init import init_weights
 from torchft.tokenizers.load import load_tokenizer
+from torchft.train.finish import free_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart" / "pretrain.yaml"
@@ -175,7 +176,7 @@ def train(arguments: list[str]) -> int:
     launch += [str(ROOT / "recipes" / "pretrain.py"), *arguments, "metrics.every_steps=50"]
     say(f"Training on {processes} process{'es' if processes > 1 else ''}: {' '.join(launch)}")
     threads = max(1, (os.cpu_count() or 1) // processes)
-    return subprocess.run(launch, cwd=ROOT, env={"OMP_NUM_THREADS": str(threads)} | child_env(), check=False).returncode
+    return subprocess.run(launch, cwd=ROOT, env=child_env(OMP_NUM_THREADS=str(threads)), check=False).returncode
 
 
 def compare(folder: Path, data: Path) -> tuple[float, float]:
@@ -192,15 +193,10 @@ def compare(folder: Path, data: Path) -> tuple[float, float]:
     return loss["first"], loss["last"]
 
 
-def free_folder(path: Path) -> Path:
-    """The path, or the first of path-2, path-3, ... that does not exist yet: a run is never written over."""
-    return next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
-
-
-def child_env() -> dict[str, str]:
-    """This process's environment, with this checkout to import from."""
-    paths = [str(ROOT), *filter(None, [environment("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+def child_env(**more: str) -> dict[str, str]:
+    """This process's environment and `more`, with this checkout to import from; what the environment has of `more` stands."""
+    kept = {name: value for name, value in more.items() if not environment(name)}
+    return child_environment(PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), environment("PYTHONPATH")])), **kept)
 
 
 def say(title: str) -> None:

@@ -31,7 +31,7 @@ from torchft.data.sources import SourceConfig, open_records
 from torchft.data.templates import build_template
 from torchft.data.tokenize import describe
 from torchft.data.types import Sample
-from torchft.dist import environment
+from torchft.dist import child_environment, environment
 from torchft.errors import CheckpointError, TorchftError
 from torchft.generate.generate import generate
 from torchft.generate.sampling import SamplingConfig
@@ -39,6 +39,7 @@ from torchft.models.build import read_config
 from torchft.models.decoder import build_decoder
 from torchft.models.init import init_weights
 from torchft.tokenizers.load import load_tokenizer
+from torchft.train.finish import free_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart" / "full.yaml"
@@ -220,7 +221,7 @@ def train(model: Path, folder: Path, overrides: list[str]) -> int:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *recipe, *overrides]
     say(f"Training on {processes} process{'es' if processes > 1 else ''}: {' '.join(launch)}")
     threads = max(1, (os.cpu_count() or 1) // processes)
-    return subprocess.run(launch, cwd=ROOT, env={"OMP_NUM_THREADS": str(threads)} | child_env(), check=False).returncode
+    return subprocess.run(launch, cwd=ROOT, env=child_env(OMP_NUM_THREADS=str(threads)), check=False).returncode
 
 
 def bf16_is_faster() -> bool:
@@ -258,15 +259,10 @@ def shorten(text: str, width: int = 100) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def free_folder(path: Path) -> Path:
-    """The path, or the first of path-2, path-3, ... that does not exist yet: a run is never written over."""
-    return next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
-
-
-def child_env() -> dict[str, str]:
-    """This process's environment, with this checkout to import from."""
-    paths = [str(ROOT), *filter(None, [environment("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+def child_env(**more: str) -> dict[str, str]:
+    """This process's environment and `more`, with this checkout to import from; what the environment has of `more` stands."""
+    kept = {name: value for name, value in more.items() if not environment(name)}
+    return child_environment(PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), environment("PYTHONPATH")])), **kept)
 
 
 def say(title: str) -> None:

@@ -8,7 +8,7 @@ from tests.helpers.tiny import tiny_llama
 from torchft.models.decoder import build_decoder
 from torchft.models.init import init_weights
 from torchft.train.data import TokenizerConfig, build_text
-from torchft.train.finish import ExportConfig, export_folder, export_hf
+from torchft.train.finish import ExportConfig, export_hf, free_folder
 from torchft.train.setup import ModelConfig
 
 
@@ -31,6 +31,7 @@ def test_token_ids_come_from_the_tokenizer_when_the_model_has_none(tmp_path):
 
 def test_an_earlier_export_is_left_alone(tmp_path):
     """A second export of a step goes beside the first."""
-    assert export_folder(tmp_path, 3).name == "step_00000003"
-    (tmp_path / "step_00000003").mkdir()
-    assert export_folder(tmp_path, 3).name == "step_00000003-2"
+    first = free_folder(tmp_path / "step_00000003")
+    assert first.name == "step_00000003"
+    first.mkdir()
+    assert free_folder(first).name == "step_00000003-2"

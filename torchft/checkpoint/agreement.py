@@ -5,11 +5,9 @@ Each function is collective: every rank calls it, at the same place. In one proc
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from torch import distributed as torch_dist
-
-from torchft.dist import agree, broadcast_object, rank, world_size
+from torchft.dist import agree, broadcast_object, gather_objects, rank, world_size
 from torchft.errors import CheckpointError
 
 T = TypeVar("T")
@@ -39,12 +37,6 @@ def over_ranks(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     key = hashlib.sha256(repr(value).encode()).hexdigest()
-    keys = _gather(key)
-    values = _gather(value if keys.index(key) == rank() else None)
+    keys = gather_objects(key)
+    values = gather_objects(value if keys.index(key) == rank() else None)
     return [values[i] for i, key in enumerate(keys) if keys.index(key) == i]
-
-
-def _gather(value: Any) -> list[Any]:
-    box: list[Any] = [None] * world_size()
-    torch_dist.all_gather_object(box, value)
-    return box

@@ -26,7 +26,7 @@ from torchft.checkpoint.assets import Assets, write_assets
 from torchft.checkpoint.fused import join, joined_bytes, part_of
 from torchft.checkpoint.manifest import sync_folder
 from torchft.checkpoint.tensor_files import LazyTensor, TensorWriter, open_tensors
-from torchft.dist import comm_device, rank, shard_indices, world_size
+from torchft.dist import comm_device, gather_objects, rank, shard_indices
 from torchft.errors import CheckpointError
 from torchft.models.build import FAMILIES
 from torchft.models.decoder import build_decoder
@@ -195,10 +195,7 @@ def save_hf(
 def _agree_on_items(held: Mapping[str, Tensor | LazyTensor], spec: ModelSpec, dtype: torch.dtype | None) -> list[_Item]:
     """The tensors to save, in the model's order, checked against the spec; equal on all ranks."""
     mine = {name: (tuple(tensor.shape), dtype or tensor.dtype) for name, tensor in held.items()}
-    by_rank = [mine]
-    if world_size() > 1:
-        by_rank = [None] * world_size()
-        dist.all_gather_object(by_rank, mine)
+    by_rank = gather_objects(mine)
     shapes = weight_shapes(spec)
     owners = {name: owner for owner in reversed(range(len(by_rank))) for name in by_rank[owner]}
     missing, extra = [n for n in shapes if n not in owners], [n for n in owners if n not in shapes]

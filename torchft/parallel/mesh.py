@@ -31,9 +31,7 @@ SUPPORTED = (
 @dataclass
 class FsdpConfig:
     reshard_after_forward: bool | None = None  # free gathered parameters between forward and backward; null: yes, but not under pp
-    sync_every_micro_batch: bool = (
-        False  # reduce gradients after each micro-batch: whole gradients (4 bytes a parameter) aren't kept between
-    )
+    sync_every_micro_batch: bool = False  # reduce gradients after each micro-batch: no whole gradients (4 bytes a parameter) are kept
 
 
 @dataclass

@@ -43,7 +43,7 @@ def finish_run(cfg, run: Run, job: Job) -> int:
     if run.stopped or cfg.checkpoint.save_at_end:
         job.store.save(run.step, required=True)
     if cfg.export.hf and not run.stopped:
-        folder = broadcast_object(export_folder(run.folder / "export", run.step))  # rank 0's choice
+        folder = broadcast_object(free_folder(run.folder / "export" / f"step_{run.step:08d}"))  # rank 0's choice
         export_hf(cfg, job, folder)
         log.info("exported %s", folder)
     if run.world.rank == 0:
@@ -54,10 +54,9 @@ def finish_run(cfg, run: Run, job: Job) -> int:
     return STOPPED if run.stopped else 0
 
 
-def export_folder(parent: Path, step: int) -> Path:
-    """Where the model of `step` goes; an export of an earlier try of the same step is left alone, beside it."""
-    names = (f"step_{step:08d}{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
-    return next(parent / name for name in names if not (parent / name).exists())
+def free_folder(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... that does not exist yet: what an earlier try left is never written over."""
+    return next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
 
 
 def export_hf(cfg, job: Job, folder: Path) -> None:

@@ -167,7 +167,11 @@ class Run:
                 facts |= {"mesh": self.mesh.degrees, "device": self.world.device.type, "command": sys.argv, "started": time.time()}
                 (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             except (OSError, TorchftError) as error:
-                problem = str(error)
+                problem = (
+                    str(error)
+                    if isinstance(error, TorchftError)
+                    else f"{error}\n  expected: a folder to write in\n  fix:      choose another"
+                )
         problem = dist.broadcast_object(problem)
         if problem:
             if self._lock:

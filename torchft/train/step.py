@@ -77,13 +77,13 @@ def _blame(batches: Sequence[Batch], seen: Sequence[Metrics], norm: float) -> st
 def evaluate(parts: Parts, steps: Iterable[Sequence[Batch]], loss: Loss) -> dict[str, float]:
     """The metrics over all batches of all data ranks, weighted by their counts, on every rank: independent of batch size, padding
     and world size. Every rank must give the same number of steps and micro-batches."""
-    total: list[Metrics] = []
+    seen: list[Metrics] = []
 
     def one(hidden: Tensor, heads: Heads, batch: Batch, at: Across) -> Tensor:
         out = loss(hidden, heads, batch, at)
-        total[:] = [add_up([*total, out.metrics])]
+        seen.append(out.metrics)
         return out.total
 
     for batches in steps:
         parts.forward_only(batches, one)
-    return parts.reduce_metrics(add_up(total))
+    return parts.reduce_metrics(add_up(seen))
