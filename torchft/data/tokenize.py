@@ -20,7 +20,8 @@ GREEN, PLAIN = "\033[32m", "\033[0m"
 
 def encode_record(record: dict, where: str, *, format: Format, template: Template) -> Encoded:
     """A record's chat as tokens. Raises DataError naming `where`."""
-    return template.encode(sample_from_record(record, where, format).messages, where=where)
+    sample = sample_from_record(record, where, format)
+    return template.encode(sample.messages, where=where, tools=sample.tools)
 
 
 def truncate(encoded: Encoded, seq_len: int, policy: Truncation, where: str) -> Encoded | None:
