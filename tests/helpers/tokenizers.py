@@ -56,6 +56,19 @@ def make_hf_tokenizer(folder: Path, *, template: str | None = CHATML, special: t
     return folder
 
 
+def make_prefixing_tokenizer(folder: Path) -> Path:
+    """A folder with a tokenizer.json as Llama 2's: a space before each stretch of text between special tokens."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tok.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return folder
+
+
 def make_sp_tokenizer(folder: Path, *, user_defined: tuple[str, ...] = SPECIAL[1:3], model_type: str = "bpe", **config) -> Path:
     """A folder with a SentencePiece model as Llama 2 has it (no normalisation, byte fallback), and a config if one is given."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """The named templates: golden text and spans, the fast path equals the rendering, prompts begin samples, nothing forges a token."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.chats import CHATS, NOW, WEATHER, call, chat, result, stand_in
-from tests.helpers.tokenizers import make_hf_tokenizer, make_sp_tokenizer
+from tests.helpers.tokenizers import make_hf_tokenizer, make_prefixing_tokenizer, make_sp_tokenizer
 from torchft.data.named_templates import TEMPLATES
 from torchft.data.outlines import as_dict
 from torchft.data.sandbox import ChatTemplate
@@ -292,11 +291,8 @@ def test_weights_of_messages(templates, tokenizers):
 
 def test_batches(templates, tokenizers, tmp_path):
     """Many chats at once give what each gives by itself, with every kind of tokenizer; an error names its record."""
-    prefixing = make_hf_tokenizer(tmp_path / "prefixing")
-    settings = json.loads((prefixing / "tokenizer.json").read_text(encoding="utf-8"))
-    (prefixing / "tokenizer.json").write_text(json.dumps(settings | {"normalizer": {"type": "Prepend", "prepend": "Ġ"}}))
-    others = [load_tokenizer(make_sp_tokenizer(tmp_path / "sp")), load_tokenizer(prefixing)]
-    for template in [*templates.values(), *(build_template("none", tokenizer) for tokenizer in others)]:
+    others = [load_tokenizer(make(tmp_path / make.__name__)) for make in (make_sp_tokenizer, make_prefixing_tokenizer)]
+    for template in [*templates.values(), *(build_template("llama2", tokenizer) for tokenizer in others)]:
         samples = []
         for case, (messages, tools) in CHATS.items():
             try:
@@ -304,6 +300,7 @@ def test_batches(templates, tokenizers, tmp_path):
             except DataError:
                 continue
             samples.append((Sample(messages, case, tools), one))
+        samples *= 2
         many = template.encode_batch([sample for sample, _ in samples])
         for (_, one), other in zip(samples, many, strict=True):
             assert one.ids.tolist() == other.ids.tolist() and one.weights.tolist() == other.weights.tolist()
