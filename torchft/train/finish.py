@@ -1,4 +1,4 @@
-"""The end of a run: last checkpoint, the model as a HF folder, plot and summary, the exit code."""
+"""The end of a run: last checkpoint, the model as a HF folder, plot, summary and report.html, the exit code."""
 
 import re
 import time
@@ -16,6 +16,8 @@ from torchft.log import get_logger
 from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
 from torchft.metrics.summary import summarise, summary_text, write_summary
+from torchft.train.record import read_run
+from torchft.train.report import write_report
 from torchft.train.run import STOPPED, Run
 from torchft.train.setup import Job
 
@@ -50,7 +52,7 @@ def finish_run(cfg, run: Run, job: Job) -> int:
         try:
             report(run, job)
         except (OSError, TorchftError) as error:  # the model is saved and exported: a full disk must not make the run a failure
-            log.warning("no plot and summary: %s", error)
+            log.warning("no plot, summary or report: %s", error)
     return STOPPED if run.stopped else 0
 
 
@@ -73,7 +75,7 @@ def export_hf(cfg, job: Job, folder: Path) -> None:
 
 
 def report(run: Run, job: Job) -> None:
-    """plots/loss.svg and summary.json from metrics.jsonl, and the summary on the console. For rank 0."""
+    """plots/loss.svg, summary.json and report.html from what the run wrote, and the summary on the console. For rank 0."""
     rows = read_rows(run.folder / "metrics.jsonl")
     saved = sorted(path.name for path in (run.folder / "checkpoints").glob("step_*") if path.is_dir())
     summary = summarise(rows, run_dir=run.folder, wall_s=time.monotonic() - run.started, skipped=run.skipped_steps, checkpoints=saved)
@@ -82,3 +84,5 @@ def report(run: Run, job: Job) -> None:
     if rows:
         (run.folder / "plots").mkdir(exist_ok=True)
         plot_run(run.folder / "plots" / "loss.svg", rows, title=run.folder.name)
+    run.record(outcome="stopped" if run.stopped else "finished")
+    write_report(read_run(run.folder), run.folder / "report.html", verify="quick")  # just saved: hashing terabytes again can wait

@@ -34,7 +34,7 @@ from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
 from torchft.train.checks import check_job
-from torchft.train.data import Rows, Text, build_caches, build_loader, build_text, check_vocabulary, validation_passes
+from torchft.train.data import Rows, Text, build_caches, build_loader, build_text, check_vocabulary, data_facts, validation_passes
 from torchft.train.run import Run
 from torchft.train.step import NonFinite, evaluate
 
@@ -130,6 +130,7 @@ def build_job(cfg, run: Run) -> Job:
         raise ConfigError(problems)
     train = build_caches(cfg.data.train, text, cfg.data, world)
     validation = dict(zip(cfg.data.validation, build_caches(cfg.data.validation.values(), text, cfg.data, world), strict=True))
+    run.record(data=data_facts(train, validation))
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     loader = build_loader(train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps or loader.num_steps(cfg.train.epochs))  # raises if it does not fit
