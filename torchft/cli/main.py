@@ -24,6 +24,7 @@ VERBS = {
     "chat": ("torchft.cli.chat", "talk to a model in the terminal"),
     "generate": ("torchft.cli.generate", "continue the prompts of a file"),
     "convert": ("torchft.cli.convert", "write a model as a complete HF folder"),
+    "export": ("torchft.cli.export", "a step of a run as a HF folder, or as GGUF with an Ollama Modelfile"),
     "doctor": ("torchft.cli.doctor", "check this installation: versions, devices, clashes, disk"),
     "completion": ("torchft.cli.completion", "print completion for a shell: bash or zsh"),
 }

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from torchft.config.problems import leaves, redact_text
+from torchft.config.show import read_saved
 from torchft.errors import Problem
 from torchft.metrics.rows import Row, write_whole
 
@@ -40,8 +39,7 @@ class Tracked:
 
     def config(self) -> dict[str, Any]:
         """The saved config, nested; references ${...} stay as written."""
-        path = self.folder / "config.yaml"
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}  # type: ignore[return-value]
+        return read_saved(self.folder / "config.yaml")
 
     def run_id(self, tracker: str, make: Callable[[], str]) -> tuple[str, bool]:
         """This run's id at a tracker and whether it was there before: kept over a resume, new for a start from step 0."""

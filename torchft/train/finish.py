@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torchft.log import get_logger
 from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
 from torchft.metrics.summary import summarise, summary_text, write_summary
+from torchft.train.card import model_card
 from torchft.train.record import read_run
 from torchft.train.report import write_report
 from torchft.train.run import STOPPED, Run
@@ -46,7 +47,7 @@ def finish_run(cfg, run: Run, job: Job) -> int:
         job.store.save(run.step, required=True)
     if cfg.export.hf and not run.stopped:
         folder = broadcast_object(free_folder(run.folder / "export" / f"step_{run.step:08d}"))  # rank 0's choice
-        export_hf(cfg, job, folder)
+        export_hf(cfg, job, folder, card=_card(run))
         log.info("exported %s", folder)
     if run.world.rank == 0:
         try:
@@ -61,8 +62,19 @@ def free_folder(path: Path) -> Path:
     return next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
 
 
-def export_hf(cfg, job: Job, folder: Path) -> None:
-    """The model with tokenizer and chat template, complete, on all ranks together."""
+def _card(run: Run) -> str:
+    """README.md of the exported folder, on rank 0, which writes it; a card that can't be made is a warning."""
+    if run.world.rank != 0:
+        return ""
+    try:
+        return model_card(read_run(run.folder), run.step)
+    except (OSError, TorchftError) as error:
+        log.warning("no model card: %s", error)
+        return ""
+
+
+def export_hf(cfg, job: Job, folder: Path, *, card: str = "") -> None:
+    """The model with tokenizer, chat template and card (Markdown, if there is one), complete, on all ranks together."""
     model = read_assets(cfg.model.path) if cfg.model.path else Assets()
     files = read_assets(cfg.tokenizer.path).files if cfg.tokenizer.path else model.files
     tokenizer = job.text.tokenizer
@@ -70,6 +82,8 @@ def export_hf(cfg, job: Job, folder: Path) -> None:
     assets = Assets({key: id for key, id in ids.items() if id is not None} | model.config, model.generation, files)
     if job.text.template is not None and job.text.template.name != "auto":
         assets = assets.with_template(job.text.template.source)
+    if card:
+        assets = replace(assets, files=assets.files | {"README.md": card.encode()})
     dtype = DTYPES[cfg.export.dtype] if cfg.export.dtype else None
     save_hf(folder, job.spec, job.parts.named_parameters(), assets, dtype=dtype, shard_bytes=cfg.export.shard_bytes)
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from torchft.checkpoint.folder import BEST, LATEST, CheckpointFolder, step_of
 from torchft.checkpoint.manifest import verify
+from torchft.config.show import read_saved
 from torchft.errors import CheckpointError, DataError
 from torchft.metrics.rows import Row, read_rows
 from torchft.metrics.summary import summarise
@@ -90,11 +89,10 @@ def read_run(folder: Path) -> RunRecord:
     path = folder / "config.yaml"
     if not rows and not path.is_file():
         raise DataError(f"{folder}: no run\n  expected: a run's output_dir with config.yaml and metrics.jsonl\n  fix:      check the path")
-    config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.is_file() else {}
     facts, written = _json(folder / "run.json"), _json(folder / "summary.json")
     skipped, wall_s = written.get("steps_skipped", 0), written.get("wall_s", 0.0)
     summary = summarise(rows, run_dir=folder, wall_s=wall_s, skipped=skipped)
-    return RunRecord(folder, config, facts, rows, read_rows(folder / "events.jsonl"), summary, _warnings(folder / "logs"))
+    return RunRecord(folder, read_saved(path), facts, rows, read_rows(folder / "events.jsonl"), summary, _warnings(folder / "logs"))
 
 
 def checkpoint_at(run: Path, which: str) -> Path:
