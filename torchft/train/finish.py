@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torchft.checkpoint.agreement import on_rank_0
 from torchft.checkpoint.assets import Assets, read_assets
+from torchft.checkpoint.folder import BEST, step_of
 from torchft.checkpoint.hf import save_hf
+from torchft.checkpoint.load import load_weights_only
+from torchft.checkpoint.store import Store
 from torchft.dist import broadcast_object
 from torchft.dtypes import DTYPES
 from torchft.errors import Problem, TorchftError
@@ -16,8 +20,8 @@ from torchft.log import get_logger
 from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
 from torchft.metrics.summary import summarise, summary_text, write_summary
+from torchft.train.job import Job
 from torchft.train.run import STOPPED, Run
-from torchft.train.setup import Job
 
 log = get_logger(__name__)
 
@@ -25,6 +29,7 @@ log = get_logger(__name__)
 @dataclass
 class ExportConfig:
     hf: bool = True  # at the end write export/step_N, a folder that transformers and servers load
+    best: bool = False  # export the checkpoint that checkpoint.best_by chose instead of the last step
     dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; null: as precision.params
     shard_size: str = "5GB"  # largest weights file, in MB or GB
 
@@ -43,7 +48,8 @@ def finish_run(cfg, run: Run, job: Job) -> int:
     if run.stopped or cfg.checkpoint.save_at_end:
         job.store.save(run.step, required=True)
     if cfg.export.hf and not run.stopped:
-        folder = broadcast_object(free_folder(run.folder / "export" / f"step_{run.step:08d}"))  # rank 0's choice
+        step = load_best(job.store, run.step) if cfg.export.best else run.step
+        folder = broadcast_object(free_folder(run.folder / "export" / f"step_{step:08d}"))  # rank 0's choice
         export_hf(cfg, job, folder)
         log.info("exported %s", folder)
     if run.world.rank == 0:
@@ -52,6 +58,16 @@ def finish_run(cfg, run: Run, job: Job) -> int:
         except (OSError, TorchftError) as error:  # the model is saved and exported: a full disk must not make the run a failure
             log.warning("no plot and summary: %s", error)
     return STOPPED if run.stopped else 0
+
+
+def load_best(store: Store, last: int) -> int:
+    """Fills the parameters from the checkpoint `best`; its step, or, with a warning and nothing changed, `last` if there is none."""
+    path = on_rank_0(lambda: store.folder.pointed(BEST))
+    if path is None:
+        log.warning("export.best: no validation with checkpoint.best_by came with a checkpoint, so the last step is exported")
+        return last
+    load_weights_only(path, store.parts, base=store.base)
+    return step_of(path)
 
 
 def free_folder(path: Path) -> Path:
