@@ -11,6 +11,7 @@ from torchft.checkpoint.state import optimizer_tensors
 from torchft.checkpoint.store import CheckpointConfig, Store
 from torchft.optim.adafactor import AdafactorConfig
 from torchft.optim.build import OptimConfig, build_optimizer, set_lr
+from torchft.optim.schedules import SCHEDULES, ScheduleConfig, build_schedule
 
 SHAPES = {"a.weight": (64, 128), "b.weight": (5, 3), "c.bias": (7,)}
 STEPS = 50
@@ -117,6 +118,27 @@ def test_resume_is_bit_equal(name: str, tmp_path: Path) -> None:
     steps(resumed, 5, 8)
     mine, straight = ({**dict(p.named_parameters()), **optimizer_tensors(o)} for p, o in ((again, resumed), (parts, optimizer)))
     assert mine.keys() == straight.keys() and all(torch.equal(mine[key], straight[key]) for key in mine)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_resume_with_each_schedule_is_bit_equal(name: str, tmp_path: Path) -> None:
+    """8 of 16 steps, a checkpoint, a schedule and an optimizer built anew, 8 steps: the bits of 16 straight steps."""
+    cfg = ScheduleConfig(name, warmup_steps=3, min_ratio=0.1, cycles=2, power=2.0, decay_ratio=0.5, boundaries=[5, 12], factors=[0.5, 0.1])
+    runs = []
+    for first in (1, 9):
+        named, schedule = parameters(), build_schedule(cfg, 0.01, 16)
+        parts, optimizer = ToyParts(named, frozenset(named)), build_optimizer(named.items(), OptimConfig(weight_decay=0.1))
+        store = Store(tmp_path, parts, optimizer, CheckpointConfig(), extra_state=dict)
+        assert (store.resume() or {"step": 0})["step"] == first - 1
+        for step in range(first, 17):
+            set_lr(optimizer, schedule(step))
+            for i, p in enumerate(named.values()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            optimizer.step()
+            if step == 8:
+                store.save(8, required=True)
+        runs.append(named)
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in SHAPES)
 
 
 def steps(optimizer: torch.optim.Optimizer, first: int, last: int) -> None:

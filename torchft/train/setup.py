@@ -123,35 +123,22 @@ def build_job(cfg, run: Run) -> Job:
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
     early_stop = EarlyStop(cfg.validate.early_stop)
     scaler = LossScaler(cfg.precision) if cfg.precision.compute == "fp16" else None
-    optional = {"early_stop": early_stop, "scaler": scaler}
     saved: dict[str, Any] = {}  # filled below; the store asks for it at each save
-    base = base_of(cfg)
     store = Store(
         run.folder / "checkpoints",
         parts,
         optimizer,
         cfg.checkpoint,
-        extra_state=lambda: {
-            **run.counters(),
-            "loader": loader.state(),
-            **{name: part and part.state() for name, part in optional.items()},
-            **saved,
-        },
+        extra_state=lambda: {**run.counters(), "loader": loader.state(), **_states(early_stop, scaler), **saved},
         config_hash=run.config_hash,
         mesh=mesh.degrees,
-        base=base,
+        base=base_of(cfg),
     )
-    if base is not None:  # checkpoints don't hold what is frozen
-        load_initial_weights(cfg, spec, parts)
-    state = store.resume()
+    state = _resume(cfg, spec, store)
     if state is not None:
         loader.load_state(state["loader"])
         run.restore(state)
-        for name, part in optional.items():
-            if part and state.get(name):  # none: saved by a run without it
-                part.load_state(state[name])
-    elif base is None:
-        load_initial_weights(cfg, spec, parts)
+        _load_states(state, early_stop, scaler)
     num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
     saved["schedule"] = {**asdict(cfg.schedule), "lr": cfg.optim.lr, "num_steps": num_steps}
     if state is not None:
@@ -177,6 +164,29 @@ def build_job(cfg, run: Run) -> Job:
         neftune=(cfg.train.neftune, cfg.seed) if cfg.train.neftune else None,
         prompts=encode_prompts(cfg.validate.prompts, text),
     )
+
+
+def _resume(cfg, spec: ModelSpec, store: Store) -> dict[str, Any] | None:
+    """Fills the model, and on a resume the optimizer; the checkpoint's state, None for a new run."""
+    if store.base is not None:  # checkpoints don't hold what is frozen
+        load_initial_weights(cfg, spec, store.parts)
+    state = store.resume()
+    if state is None and store.base is None:
+        load_initial_weights(cfg, spec, store.parts)
+    return state
+
+
+def _states(early_stop: EarlyStop, scaler: LossScaler | None) -> dict[str, Any]:
+    """Of state.json, what options keep."""
+    return {"early_stop": early_stop.state(), "scaler": scaler and scaler.state()}
+
+
+def _load_states(state: dict[str, Any], early_stop: EarlyStop, scaler: LossScaler | None) -> None:
+    """Goes on from `_states`; a run without that option left nothing."""
+    if state.get("early_stop"):
+        early_stop.load_state(state["early_stop"])
+    if scaler and state.get("scaler"):
+        scaler.load_state(state["scaler"])
 
 
 def _raise_if_any(problems: Iterable[Problem]) -> None:
