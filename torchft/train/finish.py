@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from torchft.checkpoint.agreement import on_rank_0
 from torchft.checkpoint.assets import Assets, read_assets
+from torchft.checkpoint.folder import BEST, step_of
 from torchft.checkpoint.hf import save_hf
+from torchft.checkpoint.load import load_weights_only
+from torchft.checkpoint.store import Store
 from torchft.dist import broadcast_object
 from torchft.dtypes import DTYPES
 from torchft.errors import Problem, TorchftError
@@ -17,10 +21,10 @@ from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
 from torchft.metrics.summary import summarise, summary_text, write_summary
 from torchft.train.card import model_card
+from torchft.train.job import Job
 from torchft.train.record import read_run
 from torchft.train.report import write_report
 from torchft.train.run import STOPPED, Run
-from torchft.train.setup import Job
 
 log = get_logger(__name__)
 
@@ -28,6 +32,7 @@ log = get_logger(__name__)
 @dataclass
 class ExportConfig:
     hf: bool = True  # at the end write export/step_N, a folder that transformers and servers load
+    best: bool = False  # export the checkpoint that checkpoint.best_by chose instead of the last step
     dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; null: as precision.params
     shard_size: str = "5GB"  # largest weights file, in MB or GB
 
@@ -46,8 +51,9 @@ def finish_run(cfg, run: Run, job: Job) -> int:
     if run.stopped or cfg.checkpoint.save_at_end:
         job.store.save(run.step, required=True)
     if cfg.export.hf and not run.stopped:
-        folder = broadcast_object(free_folder(run.folder / "export" / f"step_{run.step:08d}"))  # rank 0's choice
-        export_hf(cfg, job, folder, card=_card(run))
+        step = load_best(job.store, run.step) if cfg.export.best else run.step
+        folder = broadcast_object(free_folder(run.folder / "export" / f"step_{step:08d}"))  # rank 0's choice
+        export_hf(cfg, job, folder, card=_card(run, step))
         log.info("exported %s", folder)
     if run.world.rank == 0:
         try:
@@ -57,17 +63,27 @@ def finish_run(cfg, run: Run, job: Job) -> int:
     return STOPPED if run.stopped else 0
 
 
+def load_best(store: Store, last: int) -> int:
+    """Fills the parameters from the checkpoint `best`; its step, or, with a warning and nothing changed, `last` if there is none."""
+    path = on_rank_0(lambda: store.folder.pointed(BEST))
+    if path is None:
+        log.warning("export.best: no validation with checkpoint.best_by came with a checkpoint, so the last step is exported")
+        return last
+    load_weights_only(path, store.parts, base=store.base)
+    return step_of(path)
+
+
 def free_folder(path: Path) -> Path:
     """The path, or the first of path-2, path-3, ... that does not exist yet: what an earlier try left is never written over."""
     return next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
 
 
-def _card(run: Run) -> str:
+def _card(run: Run, step: int) -> str:
     """README.md of the exported folder, on rank 0, which writes it; a card that can't be made is a warning."""
     if run.world.rank != 0:
         return ""
     try:
-        return model_card(read_run(run.folder), run.step)
+        return model_card(read_run(run.folder), step)
     except (OSError, TorchftError) as error:
         log.warning("no model card: %s", error)
         return ""
