@@ -21,6 +21,7 @@ from torchft.losses.cross_entropy import build_loss
 from torchft.models.build import read_config
 from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.init import init_weights
+from torchft.models.layers.attend import choose_core
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import build_optimizer
 from torchft.optim.schedules import ScheduleConfig, build_schedule
@@ -58,6 +59,7 @@ class ModelConfig:
     init: Literal["weights", "random"] = "weights"  # weights: read them from path; random: fresh from the seed
     train: list[str] = field(default_factory=list)  # parameters to train: globs on names, first:N, last:N (layers); empty: all
     freeze: list[str] = field(default_factory=list)  # parameters to freeze of those, written the same way
+    attention: Literal["auto", "sdpa", "eager", "flex", "varlen"] = "auto"  # attention core; auto: sdpa, eager if the model caps scores
 
     def check(self) -> Iterator[Problem]:
         if bool(self.path) == bool(self.family):
@@ -217,7 +219,9 @@ def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
 
 def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     """The parallelised model, allocated, its values not yet set."""
-    modules = build_stages(spec, mesh, DTYPES[cfg.precision.params])
+    core = choose_core(cfg.model.attention, spec.attention)
+    log.info("attention: %s", core)
+    modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core)
     apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
     parts = parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
     parts.agrees_on_memory = cfg.train.auto_micro_batch
