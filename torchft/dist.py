@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from torchft.compat import keep_freed_memory
 from torchft.errors import ConfigError, Problem
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -41,6 +42,8 @@ def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
     where = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(where)
+    elif not any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):  # the user's own choice
+        keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         options = {"device_id": where} if kind == "cuda" else {"store": _attempt_store(rank, size, timeout_s)}
         dist.init_process_group(BACKENDS[kind], rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), **options)
