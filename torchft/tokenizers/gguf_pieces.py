@@ -7,14 +7,12 @@ are in the model's protobuf alone, read here field by field: the numbers are lla
 """
 
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torchft.errors import DataError
 from torchft.tokenizers.gguf import CONTROL, SPECIAL, USER_DEFINED
-from torchft.tokenizers.load import load_tokenizer
+from torchft.tokenizers.load import tokenizer_of
 
 UNKNOWN, UNUSED = 2, 5
 BPE = 2  # TrainerSpec.model_type
@@ -27,10 +25,7 @@ def pieces_metadata(files: Mapping[str, bytes], vocab_size: int, *, where: str, 
     if not is_bpe:
         given, expected = "a SentencePiece model that is no BPE", "a BPE of SentencePiece, or a byte-level one"
         raise DataError(f"{where}: tokenizer\n  given:    {given}\n  expected: {expected}\n  fix:      {fix}")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_of(files)
     if max(tokenizer.vocab_size, len(pieces)) > vocab_size:
         given, expected = max(tokenizer.vocab_size, len(pieces)), f"at most the model's {vocab_size}"
         raise DataError(f"{where}: tokenizer\n  given:    {given} tokens\n  expected: {expected}\n  fix:      take both of one model")

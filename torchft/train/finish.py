@@ -9,9 +9,10 @@ from typing import Literal
 
 from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.hf import save_hf
-from torchft.dist import broadcast_object
+from torchft.checkpoint.hub import HUB_ID, TO_LOG_IN, has_token, push_folder
+from torchft.dist import broadcast_object, run_on_rank_0
 from torchft.dtypes import DTYPES
-from torchft.errors import Problem, TorchftError
+from torchft.errors import CheckpointError, Problem, TorchftError
 from torchft.log import get_logger
 from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
@@ -30,10 +31,19 @@ class ExportConfig:
     hf: bool = True  # at the end write export/step_N, a folder that transformers and servers load
     dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; null: as precision.params
     shard_size: str = "5GB"  # largest weights file, in MB or GB
+    push: str | None = None  # publish it on the hub as org/name[@branch]; a new repository is private; needs a login or HF_TOKEN
 
     def check(self) -> Iterator[Problem]:
         if not re.fullmatch(r"[1-9][0-9]*(MB|GB)", self.shard_size):
             yield Problem("export.shard_size", self.shard_size, "a whole number of MB or GB", "use e.g. 5GB")
+        if self.push is not None and not HUB_ID.fullmatch(self.push):
+            yield Problem("export.push", self.push, "a hub id: org/name, or org/name@branch", "use your own or your organisation's name")
+        elif self.push and not self.hf:
+            yield Problem(
+                "export.push", f"{self.push} with export.hf=false", "something to publish", "set export.hf=true, or leave push out"
+            )
+        elif self.push and not has_token():
+            yield Problem("export.push", f"{self.push}, and no token", "a token that may write there", TO_LOG_IN)
 
     @property
     def shard_bytes(self) -> int:
@@ -45,6 +55,7 @@ def finish_run(cfg, run: Run, job: Job) -> int:
     job.loader.close()
     if run.stopped or cfg.checkpoint.save_at_end:
         job.store.save(run.step, required=True)
+    folder = None
     if cfg.export.hf and not run.stopped:
         folder = broadcast_object(free_folder(run.folder / "export" / f"step_{run.step:08d}"))  # rank 0's choice
         export_hf(cfg, job, folder, card=_card(run))
@@ -54,7 +65,19 @@ def finish_run(cfg, run: Run, job: Job) -> int:
             report(run, job)
         except (OSError, TorchftError) as error:  # the model is saved and exported: a full disk must not make the run a failure
             log.warning("no plot, summary or report: %s", error)
+    if folder and cfg.export.push:
+        run_on_rank_0(lambda: _publish(run, folder, cfg.export.push))
     return STOPPED if run.stopped else 0
+
+
+def _publish(run: Run, folder: Path, name: str) -> None:
+    """A hub that fails must not make a finished run a failure."""
+    try:
+        page = push_folder(folder, name, message=f"{run.folder.resolve().name}, step {run.step}")
+        run.sinks.event("published", run.step, page=page)
+    except CheckpointError as error:
+        log.warning("not published, the model is in %s: %s\n  later:    torchft push %s %s", folder, error, folder, name)
+        run.sinks.event("not published", run.step, reason=str(error).splitlines()[0])
 
 
 def free_folder(path: Path) -> Path:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from torchft.batch import Loss
 from torchft.checkpoint.hf import load_hf
+from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.store import Store
 from torchft.data.cache import TokenCache
@@ -43,7 +44,7 @@ log = get_logger(__name__)
 
 @dataclass
 class ModelConfig:
-    path: str | None = None  # HF folder: config.json and safetensors (scripts/convert_checkpoint.py makes one)
+    path: str | None = None  # HF folder (config.json and safetensors; `torchft convert` makes one), or a hub id: org/name[@revision]
     family: str | None = None  # instead of path: a family, such as llama ...
     size: str | None = None  # ... and one of its named sizes ...
     spec: CustomSpec = field(default_factory=CustomSpec)  # ... or, or with, numbers of your own
@@ -120,6 +121,7 @@ class Job:
 def build_job(cfg, run: Run) -> Job:
     """cfg: a recipe's config. Raises ConfigError, DataError or CheckpointError; a rank that fails alone is ended by the launcher."""
     mesh, world = run.mesh, run.world
+    use_local_copies(cfg)
     spec = read_config(cfg.model.path)[0] if cfg.model.path else custom_spec(cfg.model.family, cfg.model.size, cfg.model.spec)
     problems = list(check_job(cfg, spec, mesh))
     if problems:
@@ -159,6 +161,13 @@ def build_job(cfg, run: Run) -> Job:
     schedule = build_schedule(cfg.schedule, cfg.optim.lr, num_steps)
     run.begin(spec, parts, num_steps=num_steps, seq_len=cfg.data.seq_len)
     return Job(spec, text, parts, build_loss(cfg.loss), optimizer, schedule, loader, store, rows, cfg.data, validation, num_steps)
+
+
+def use_local_copies(cfg) -> None:
+    """Hub ids in model.path and tokenizer.path become the folders of their copies here; config.yaml, already saved, keeps the ids."""
+    for section in (cfg.model, cfg.tokenizer):
+        if section.path:
+            section.path = str(local_folder(section.path))
 
 
 def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
