@@ -19,8 +19,8 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name if name.split(".")[0] == ROOT else f"{ROOT}.{name}")
 
 
-def setup(rank: int = 0, level: int = logging.INFO) -> None:
-    """Sends torchft's lines to stderr; replaces what an earlier call installed."""
+def setup(rank: int = 0, level: int | str = logging.INFO) -> None:
+    """Sends torchft's lines of this level (a number or a name) and above to stderr; replaces what an earlier call installed."""
     logger = logging.getLogger(ROOT)
     for handler in [h for h in logger.handlers if isinstance(h, _RankHandler)]:
         logger.removeHandler(handler)

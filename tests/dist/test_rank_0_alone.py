@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from tests.helpers.dist import run_dist
 from torchft.compat import set_timeout
-from torchft.dist import run_on_rank_0
+from torchft.dist import wait_for_rank_0
 
 
 def _work(fails: bool) -> tuple[float, str]:
@@ -20,7 +20,7 @@ def _work(fails: bool) -> tuple[float, str]:
             raise OSError("no room")
 
     try:
-        run_on_rank_0(work)
+        wait_for_rank_0(work)
     except OSError as error:
         said = str(error)
     waited = time.monotonic() - began
@@ -38,7 +38,7 @@ def test_the_others_wait_beyond_the_time_limit(fails):
 def test_one_process_just_works():
     """Without a group the work is done, and its error comes through."""
     done = []
-    run_on_rank_0(lambda: done.append(1))
+    wait_for_rank_0(lambda: done.append(1))
     assert done == [1]
     with pytest.raises(ZeroDivisionError):
-        run_on_rank_0(lambda: 1 / 0)
+        wait_for_rank_0(lambda: 1 / 0)

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 from torchft import dist
 from torchft.config.problems import redact_text
 from torchft.errors import Problem
 from torchft.log import get_logger
+from torchft.metrics.profile import ProfileConfig
 from torchft.metrics.rows import Row, encode_row, rewind_rows
 from torchft.metrics.trackers import TRACKERS, Tracked, missing_packages
 
@@ -32,7 +33,9 @@ class MetricsConfig:
     every_steps: int = 1  # log every n-th step
     sinks: list[str] = field(default_factory=lambda: ["console", "jsonl"])  # where to: console, jsonl, tensorboard, wandb, mlflow, swanlab
     project: str = "torchft"  # project (MLflow: experiment) of the run at wandb, mlflow and swanlab
+    level: Literal["debug", "info", "warning", "error"] = "info"  # least severe message on stderr; other ranks say warnings and errors
     peak_tflops: float | None = None  # a device's dense peak in TFLOP/s, for MFU; null: from a table by the device's name, CPU none
+    profile: ProfileConfig = field(default_factory=ProfileConfig)  # a window of steps under torch's profiler
 
     def check(self) -> Iterator[Problem]:
         if self.every_steps < 1:

@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from torchft.checkpoint.agreement import on_rank_0
 from torchft.checkpoint.assets import Assets, read_assets
+from torchft.checkpoint.folder import BEST, step_of
 from torchft.checkpoint.hf import save_hf
 from torchft.checkpoint.hub import HUB_ID, TO_LOG_IN, has_token, push_folder
-from torchft.dist import broadcast_object, run_on_rank_0
+from torchft.checkpoint.load import load_weights_only
+from torchft.checkpoint.store import Store
+from torchft.dist import broadcast_object, wait_for_rank_0
 from torchft.dtypes import DTYPES
 from torchft.errors import CheckpointError, Problem, TorchftError
 from torchft.log import get_logger
@@ -18,10 +22,10 @@ from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
 from torchft.metrics.summary import summarise, summary_text, write_summary
 from torchft.train.card import model_card
+from torchft.train.job import Job
 from torchft.train.record import read_run
 from torchft.train.report import write_report
 from torchft.train.run import STOPPED, Run
-from torchft.train.setup import Job
 
 log = get_logger(__name__)
 
@@ -29,6 +33,7 @@ log = get_logger(__name__)
 @dataclass
 class ExportConfig:
     hf: bool = True  # at the end write export/step_N, a folder that transformers and servers load
+    best: bool = False  # export the checkpoint that checkpoint.best_by chose instead of the last step
     dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; null: as precision.params
     shard_size: str = "5GB"  # largest weights file, in MB or GB
     push: str | None = None  # publish it on the hub as org/name[@branch]; a new repository is private; needs a login or HF_TOKEN
@@ -57,8 +62,9 @@ def finish_run(cfg, run: Run, job: Job) -> int:
         job.store.save(run.step, required=True)
     folder = None
     if cfg.export.hf and not run.stopped:
-        folder = broadcast_object(free_folder(run.folder / "export" / f"step_{run.step:08d}"))  # rank 0's choice
-        export_hf(cfg, job, folder, card=_card(run))
+        step = load_best(job.store, run.step) if cfg.export.best else run.step
+        folder = broadcast_object(free_folder(run.folder / "export" / f"step_{step:08d}"))  # rank 0's choice
+        export_hf(cfg, job, folder, card=_card(run, step))
         log.info("exported %s", folder)
     if run.world.rank == 0:
         try:
@@ -66,18 +72,28 @@ def finish_run(cfg, run: Run, job: Job) -> int:
         except (OSError, TorchftError) as error:  # the model is saved and exported: a full disk must not make the run a failure
             log.warning("no plot, summary or report: %s", error)
     if folder and cfg.export.push:
-        run_on_rank_0(lambda: _publish(run, folder, cfg.export.push))
+        wait_for_rank_0(lambda: _publish(run, folder, cfg.export.push))
     return STOPPED if run.stopped else 0
 
 
 def _publish(run: Run, folder: Path, name: str) -> None:
     """A hub that fails must not make a finished run a failure."""
     try:
-        page = push_folder(folder, name, message=f"{run.folder.resolve().name}, step {run.step}")
+        page = push_folder(folder, name, message=f"{run.folder.resolve().name}, {folder.name}")
         run.sinks.event("published", run.step, page=page)
     except CheckpointError as error:
         log.warning("not published, the model is in %s: %s\n  later:    torchft push %s %s", folder, error, folder, name)
         run.sinks.event("not published", run.step, reason=str(error).splitlines()[0])
+
+
+def load_best(store: Store, last: int) -> int:
+    """Fills the parameters from the checkpoint `best`; its step, or, with a warning and nothing changed, `last` if there is none."""
+    path = on_rank_0(lambda: store.folder.pointed(BEST))
+    if path is None:
+        log.warning("export.best: no validation with checkpoint.best_by came with a checkpoint, so the last step is exported")
+        return last
+    load_weights_only(path, store.parts, base=store.base)
+    return step_of(path)
 
 
 def free_folder(path: Path) -> Path:
@@ -85,12 +101,12 @@ def free_folder(path: Path) -> Path:
     return next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
 
 
-def _card(run: Run) -> str:
+def _card(run: Run, step: int) -> str:
     """README.md of the exported folder, on rank 0, which writes it; a card that can't be made is a warning."""
     if run.world.rank != 0:
         return ""
     try:
-        return model_card(read_run(run.folder), run.step)
+        return model_card(read_run(run.folder), step)
     except (OSError, TorchftError) as error:
         log.warning("no model card: %s", error)
         return ""

@@ -78,7 +78,8 @@ def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     spec = found.attempt(lambda: read_config(model.path)[0] if model.path else custom_spec(model.family, model.size, model.spec))
     degrees = found.attempt(lambda: resolve_degrees(cfg.parallel, num_processes))
     if spec is not None and degrees is not None:
-        found.add(check_job(cfg, spec, Mesh(degrees, torch.device("cpu"))))
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        found.add(check_job(cfg, spec, Mesh(degrees, torch.device(here if cfg.device == "auto" else cfg.device))))
     if spec is not None:
         found.add(check_rules(weight_shapes(spec), cfg.optim))
     if spec is not None and model.init == "weights" and not cfg.checkpoint.load:
