@@ -5,7 +5,7 @@ import platform
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup, Store, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
@@ -23,6 +23,11 @@ def join_meshes(meshes: list[DeviceMesh]) -> DeviceMesh:
 def set_timeout(group: ProcessGroup, timeout_s: float) -> None:
     """How long a collective of this group may take; a mesh makes its groups with torch's default of half an hour on gloo."""
     distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def default_store() -> Store:
+    """The store at which the ranks of the default process group met."""
+    return distributed_c10d._get_default_store()
 
 
 def run_microbatches(schedule: PipelineScheduleSingle, args: list[tuple], kwargs: list[dict[str, Any]], targets: list | None) -> None:
