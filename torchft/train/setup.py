@@ -57,9 +57,9 @@ class ModelConfig:
     size: str | None = None  # ... and one of its named sizes ...
     spec: CustomSpec = field(default_factory=CustomSpec)  # ... or, or with, numbers of your own
     init: Literal["weights", "random"] = "weights"  # weights: read them from path; random: fresh from the seed
-    attention: Literal["auto", "sdpa", "eager", "flex", "varlen"] = "auto"  # attention core; auto: sdpa, eager if the model caps scores
     train: list[str] = field(default_factory=list)  # parameters to train: globs on names, first:N, last:N (layers); empty: all
     freeze: list[str] = field(default_factory=list)  # parameters to freeze of those, written the same way
+    attention: Literal["auto", "sdpa", "eager", "flex", "varlen"] = "auto"  # attention core; auto: sdpa, eager if the model caps scores
 
     def check(self) -> Iterator[Problem]:
         if bool(self.path) == bool(self.family):
