@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 
@@ -21,6 +22,17 @@ def join_meshes(meshes: list[DeviceMesh]) -> DeviceMesh:
 def set_timeout(group: ProcessGroup, timeout_s: float) -> None:
     """How long a collective of this group may take; a mesh makes its groups with torch's default of half an hour on gloo."""
     distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def forget_step(root: FSDPModule) -> None:
+    """Gives up a step that an exception ended. torch's reset keeps the gradients of gathered parameters, which the next step would add."""
+    root.reset_iter_state()
+    for state in root._get_fsdp_state()._state_ctx.all_states:
+        for group in state._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):  # not before the first gather
+                    parameter._unsharded_param.grad = None
 
 
 def run_microbatches(schedule: PipelineScheduleSingle, args: list[tuple], kwargs: list[dict[str, Any]], targets: list | None) -> None:
