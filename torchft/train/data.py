@@ -5,9 +5,11 @@ after that.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
@@ -94,6 +96,16 @@ def check_prompts(prompts: Sequence[str], spec: ModelSpec, text: Text) -> Iterat
 def build_caches(sources: Iterable[Source], text: Text, cfg: DataConfig | TextDataConfig, world: World) -> list[TokenCache]:
     """The tokenised sources, made by all ranks together where they don't exist yet."""
     return [_build_cache(source, text, cfg, world) for source in sources]
+
+
+def data_facts(train: list[TokenCache], validation: Mapping[str, TokenCache]) -> list[dict[str, Any]]:
+    """What the sources hold, as JSON values: counts, and the lengths of the kept samples (shortest, median, 95%, longest)."""
+    named = [("train", cache.name, cache) for cache in train] + [("validation", name, cache) for name, cache in validation.items()]
+    return [{"use": use, "name": name, **asdict(cache.counts), "lengths": _lengths(cache)} for use, name, cache in named]
+
+
+def _lengths(cache: TokenCache) -> list[int]:
+    return np.percentile(np.diff(cache.offsets), (0, 50, 95, 100)).astype(int).tolist()
 
 
 def build_loader(

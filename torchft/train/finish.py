@@ -1,9 +1,9 @@
-"""The end of a run: last checkpoint, the model as a HF folder, plot and summary, the exit code."""
+"""The end of a run: last checkpoint, the model as a HF folder, plot, summary and report.html, the exit code."""
 
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,10 @@ from torchft.log import get_logger
 from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
 from torchft.metrics.summary import summarise, summary_text, write_summary
+from torchft.train.card import model_card
 from torchft.train.job import Job
+from torchft.train.record import read_run
+from torchft.train.report import write_report
 from torchft.train.run import STOPPED, Run
 
 log = get_logger(__name__)
@@ -50,13 +53,13 @@ def finish_run(cfg, run: Run, job: Job) -> int:
     if cfg.export.hf and not run.stopped:
         step = load_best(job.store, run.step) if cfg.export.best else run.step
         folder = broadcast_object(free_folder(run.folder / "export" / f"step_{step:08d}"))  # rank 0's choice
-        export_hf(cfg, job, folder)
+        export_hf(cfg, job, folder, card=_card(run, step))
         log.info("exported %s", folder)
     if run.world.rank == 0:
         try:
             report(run, job)
         except (OSError, TorchftError) as error:  # the model is saved and exported: a full disk must not make the run a failure
-            log.warning("no plot and summary: %s", error)
+            log.warning("no plot, summary or report: %s", error)
     return STOPPED if run.stopped else 0
 
 
@@ -75,8 +78,19 @@ def free_folder(path: Path) -> Path:
     return next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
 
 
-def export_hf(cfg, job: Job, folder: Path) -> None:
-    """The model with tokenizer and chat template, complete, on all ranks together."""
+def _card(run: Run, step: int) -> str:
+    """README.md of the exported folder, on rank 0, which writes it; a card that can't be made is a warning."""
+    if run.world.rank != 0:
+        return ""
+    try:
+        return model_card(read_run(run.folder), step)
+    except (OSError, TorchftError) as error:
+        log.warning("no model card: %s", error)
+        return ""
+
+
+def export_hf(cfg, job: Job, folder: Path, *, card: str = "") -> None:
+    """The model with tokenizer, chat template and card (Markdown, if there is one), complete, on all ranks together."""
     model = read_assets(cfg.model.path) if cfg.model.path else Assets()
     files = read_assets(cfg.tokenizer.path).files if cfg.tokenizer.path else model.files
     tokenizer = job.text.tokenizer
@@ -84,12 +98,14 @@ def export_hf(cfg, job: Job, folder: Path) -> None:
     assets = Assets({key: id for key, id in ids.items() if id is not None} | model.config, model.generation, files)
     if job.text.template is not None and job.text.template.name != "auto":
         assets = assets.with_template(job.text.template.source)
+    if card:
+        assets = replace(assets, files=assets.files | {"README.md": card.encode()})
     dtype = DTYPES[cfg.export.dtype] if cfg.export.dtype else None
     save_hf(folder, job.spec, job.parts.named_parameters(), assets, dtype=dtype, shard_bytes=cfg.export.shard_bytes)
 
 
 def report(run: Run, job: Job) -> None:
-    """plots/loss.svg and summary.json from metrics.jsonl, and the summary on the console. For rank 0."""
+    """plots/loss.svg, summary.json and report.html from what the run wrote, and the summary on the console. For rank 0."""
     rows = read_rows(run.folder / "metrics.jsonl")
     saved = sorted(path.name for path in (run.folder / "checkpoints").glob("step_*") if path.is_dir())
     summary = summarise(rows, run_dir=run.folder, wall_s=time.monotonic() - run.started, skipped=run.skipped_steps, checkpoints=saved)
@@ -98,3 +114,5 @@ def report(run: Run, job: Job) -> None:
     if rows:
         (run.folder / "plots").mkdir(exist_ok=True)
         plot_run(run.folder / "plots" / "loss.svg", rows, title=run.folder.name)
+    run.record(outcome="stopped" if run.stopped else "finished")
+    write_report(read_run(run.folder), run.folder / "report.html", verify="quick")  # just saved: hashing terabytes again can wait

@@ -1,6 +1,6 @@
 """A run: its processes and mesh, its folder, what it says, and how it stops. `with Run(cfg) as run:` holds a recipe's body.
 
-    output_dir/{config.yaml, run.json, lock, metrics.jsonl, events.jsonl, summary.json, plots/, checkpoints/, export/}
+    output_dir/{config.yaml, run.json, lock, metrics.jsonl, events.jsonl, summary.json, report.html, logs/, plots/, checkpoints/, export/}
 
 The loop stands in the recipe; `steps` counts and times it and ends it early, on all ranks at the same step, when any rank was asked
 to stop (SIGTERM, Ctrl-C).
@@ -9,6 +9,8 @@ to stop (SIGTERM, Ctrl-C).
 import gc
 import hashlib
 import json
+import math
+import platform
 import signal
 import sys
 import time
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 
 from torchft import __version__, dist, log
+from torchft.checkpoint.hf import weight_shapes
+from torchft.config.changes import changed_from_defaults
 from torchft.config.show import config_dict, save_config
 from torchft.errors import ConfigError, NumericError, TorchftError
 from torchft.faults import fire
@@ -28,7 +32,7 @@ from torchft.metrics.flops import flops_per_token, mfu, peak_tflops
 from torchft.metrics.memory import peak_gib
 from torchft.metrics.meters import StepMeter
 from torchft.metrics.profile import Profiler
-from torchft.metrics.rows import train_row, validation_row
+from torchft.metrics.rows import train_row, validation_row, write_whole
 from torchft.metrics.sinks import Sinks, build_sinks
 from torchft.models.spec import ModelSpec
 from torchft.parallel.mesh import build_mesh, resolve_degrees
@@ -73,6 +77,8 @@ class Run:
         self._handlers: dict[int, Any] = {}
         self._lock: Lock | None = None
         self._claim_folder()
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        self._end_log = log.add_file(self.folder / "logs" / f"rank_{self.world.rank}.log", self.world.rank)
 
     def begin(self, spec: ModelSpec, parts: Parts, *, num_steps: int, seq_len: int) -> None:
         """Opens the sinks, once the number of steps and the step to go on from are known."""
@@ -82,8 +88,21 @@ class Run:
         peak = self.cfg.metrics.peak_tflops or peak_tflops(self.world.device)
         flops = flops_per_token(spec, seq_len)
         self._mfu: Callable[[float], float | None] = lambda rate: mfu(rate, flops, self.world.size, peak)
+        model = {"family": spec.family, "layers": spec.num_layers, "hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size}
+        model |= {"parameters": sum(math.prod(shape) for shape in weight_shapes(spec).values()), "seq_len": seq_len}
+        self.record(model=model, num_steps=num_steps, resumed_step=self.step)
         left = f"steps {self.step + 1} to {num_steps}" if self.step < num_steps else f"all {num_steps} steps are done"
         logger.info("%s on %s, %s", left, self.mesh.describe(), self.world.device.type)
+
+    def record(self, **facts: Any) -> None:
+        """Adds to run.json what a reader of this run should know, as JSON values. A full disk is a warning only."""
+        if self.world.rank != 0:
+            return
+        self._facts |= facts
+        try:
+            write_whole(self.folder / "run.json", json.dumps(self._facts, indent=2, default=str) + "\n")
+        except OSError as error:
+            logger.warning("run.json could not be written, the run goes on: %s", error)
 
     def steps(self, last: int) -> Iterator[int]:
         """The numbers of the steps still to make, each timed until `log`; ends early, `stopped`, on all ranks together.
@@ -162,6 +181,7 @@ class Run:
             self.sinks.event("failed", self.step + 1, reason=str(error))
         self.profiler.close()
         self.sinks.close()
+        self._end_log()
         if self.cfg.memory.gc_every_steps:
             gc.enable()
         if self._lock:
@@ -194,7 +214,9 @@ class Run:
                 save_config(self.cfg, self.folder / "config.yaml")
                 facts = {"versions": {"torchft": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}}
                 facts |= {"mesh": self.mesh.degrees, "device": self.world.device.type, "command": sys.argv, "started": time.time()}
-                (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+                facts |= {"hardware": _hardware(self.world.device), "host": platform.node(), "changed": changed_from_defaults(self.cfg)}
+                write_whole(self.folder / "run.json", json.dumps(facts, indent=2, default=str) + "\n")
+                self._facts = facts
             except (OSError, TorchftError) as error:
                 problem = (
                     str(error)
@@ -212,6 +234,13 @@ class Run:
             raise KeyboardInterrupt
         self._stop_asked = True
         logger.warning("%s: stopping as soon as this step is saved", signal.Signals(number).name)
+
+
+def _hardware(device: torch.device) -> str:
+    """The kind of device a run is on, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process, {platform.system()}"
 
 
 def run_recipe(main: Callable[[list[str]], int]) -> None:

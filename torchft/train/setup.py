@@ -21,6 +21,7 @@ from torchft.losses.cross_entropy import build_loss
 from torchft.models.build import read_config
 from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.init import init_weights
+from torchft.models.layers.attend import choose_core
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import build_optimizer
 from torchft.optim.schedules import ScheduleConfig, build_schedule
@@ -29,7 +30,16 @@ from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
 from torchft.train.checks import check_job
-from torchft.train.data import Rows, build_caches, build_loader, build_text, check_prompts, check_vocabulary, encode_prompts
+from torchft.train.data import (
+    Rows,
+    build_caches,
+    build_loader,
+    build_text,
+    check_prompts,
+    check_vocabulary,
+    data_facts,
+    encode_prompts,
+)
 from torchft.train.early_stop import EarlyStop, EarlyStopConfig
 from torchft.train.freeze import apply_freeze, base_of
 from torchft.train.job import Job
@@ -49,6 +59,7 @@ class ModelConfig:
     init: Literal["weights", "random"] = "weights"  # weights: read them from path; random: fresh from the seed
     train: list[str] = field(default_factory=list)  # parameters to train: globs on names, first:N, last:N (layers); empty: all
     freeze: list[str] = field(default_factory=list)  # parameters to freeze of those, written the same way
+    attention: Literal["auto", "sdpa", "eager", "flex", "varlen"] = "auto"  # attention core; auto: sdpa, eager if the model caps scores
 
     def check(self) -> Iterator[Problem]:
         if bool(self.path) == bool(self.family):
@@ -116,6 +127,7 @@ def build_job(cfg, run: Run) -> Job:
     _raise_if_any(itertools.chain(check_vocabulary(spec, text), check_prompts(cfg.validate.prompts, spec, text)))
     train = build_caches(cfg.data.train, text, cfg.data, world)
     validation = dict(zip(cfg.data.validation, build_caches(cfg.data.validation.values(), text, cfg.data, world), strict=True))
+    run.record(data=data_facts(train, validation))
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     loader = build_loader(train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps or loader.num_steps(cfg.train.epochs))  # raises if it does not fit
@@ -207,7 +219,9 @@ def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
 
 def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     """The parallelised model, allocated, its values not yet set."""
-    modules = build_stages(spec, mesh, DTYPES[cfg.precision.params])
+    core = choose_core(cfg.model.attention, spec.attention)
+    log.info("attention: %s", core)
+    modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core)
     apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
     parts = parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
     parts.agrees_on_memory = cfg.train.auto_micro_batch
