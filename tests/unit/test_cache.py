@@ -276,10 +276,11 @@ def test_bad_records_are_counted(tmp_path, world_size):
     """Up to the limit, broken and refused records are left out, counted and named; one more is the first one's error, on every rank; a
     cache made with a higher limit does not pass a lower one."""
     rows = open_rows(tmp_path)
-    strict = build_by(world_size, tmp_path / "cache", rows, encode=refuse_negative)
-    assert all(isinstance(error, DataError) for error in strict) and any(":3:2: " in str(error) for error in strict)
-    low = build_by(world_size, tmp_path / "cache", rows, encode=refuse_negative, max_bad_records=2)
-    assert all(isinstance(error, DataError) and "data.max_bad_records=2" in str(error) for error in low)
+    strict = build_by(world_size, tmp_path / "strict", rows, encode=refuse_negative)
+    assert all(isinstance(error, DataError) and "rows.jsonl:" in str(error) for error in strict)
+    low = build_by(world_size, tmp_path / "low", rows, encode=refuse_negative, max_bad_records=2)
+    assert all(isinstance(error, DataError) and "rows.jsonl:3:2" in str(error) for error in low)
+    assert all("data.max_bad_records=2" in str(error) for error in low)
     caches = build_by(world_size, tmp_path / "cache", rows, encode=refuse_negative, max_bad_records=3)
     for cache in caches:
         assert (cache.counts.total, cache.counts.bad, cache.counts.kept) == (10, 3, 7)

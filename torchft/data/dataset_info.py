@@ -116,7 +116,8 @@ def _columns(given: dict, formatting: str, where: str) -> dict[str, str | None]:
     unknown = sorted(key for key in given if key not in ours and key not in PICTURES)
     if unknown:
         raise DataError(f"{where}: columns.{unknown[0]} is unknown with formatting {formatting}, expected some of {', '.join(ours)}")
-    named = {**DEFAULTS[formatting], **{ours[key]: str(value) for key, value in given.items() if value and key in ours}}
+    named = {ours[key]: str(value) for key, value in given.items() if value and key in ours}
+    named = {**(DEFAULTS[formatting] if not given or formatting != "alpaca" else {}), **named}
     return {key: named.get(key) for key in ours.values()}
 
 

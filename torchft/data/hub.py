@@ -91,8 +91,10 @@ def _local_files(folder: Path, part: Part, suffixes: tuple[str, ...]) -> list[st
             raise DataError(f"{folder}: no split {split!r}: it has {', '.join(splits)}")
         folder = folder / split
     if (folder / "state.json").is_file():
-        files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
-        return [str(folder / Path(file["filename"]).name) for file in files]
+        files = [file["filename"] for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]]
+        if any(Path(file).name != file for file in files):
+            raise DataError(f"{folder / 'state.json'}: names a file outside its folder: save the data set anew")
+        return [str(folder / file) for file in files]
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if suffix_of(p) in suffixes and p.is_file())
     readme = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
     return [str(folder / name) for name in _some(choose(names, readme, part, str(folder)), part, str(folder), names)]
