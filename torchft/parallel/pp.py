@@ -39,11 +39,11 @@ def stage_ranges(num_layers: int, num_stages: int) -> list[range]:
     return [range(lo, hi) for lo, hi in itertools.pairwise(bounds)]
 
 
-def build_stages(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> list[Decoder]:
-    """This rank's stages, on meta."""
+def build_stages(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, core: str = "auto") -> list[Decoder]:
+    """This rank's stages, on meta. core: the attention core."""
     stage, count = mesh.rank("pp"), mesh.degrees["pp"]
     layers = stage_ranges(spec.num_layers, count)[stage]
-    return [build_decoder(spec, layers, first=stage == 0, last=stage == count - 1, dtype=dtype)]
+    return [build_decoder(spec, layers, first=stage == 0, last=stage == count - 1, core=core, dtype=dtype)]
 
 
 @dataclass

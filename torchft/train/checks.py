@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torchft.data.loader import grad_accum
 from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
+from torchft.models.layers.attend import check_core
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import check_rules
 from torchft.parallel.mesh import Mesh, check_degrees
@@ -18,6 +19,7 @@ PURE_BF16_LR = 1e-4  # at 1e-5 AdamW moves only a sixth of what it should: a bf1
 def check_job(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     """Every problem of this config with this model on these processes."""
     yield from check_degrees(mesh.degrees, spec, cfg.parallel)
+    yield from check_core(cfg.model.attention, spec.attention, mesh.device.type, cfg.precision.compute_dtype)
     yield from _check_lengths(cfg, spec, mesh)
     yield from _check_batches(cfg, mesh)
     yield from _check_validation(cfg)
@@ -40,6 +42,9 @@ def _check_options(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
         yield Problem("validate.prompts", str(cfg.validate.prompts), "no prompts under parallel.tp or parallel.pp", "remove them")
     if cfg.validate.prompts and not (cfg.validate.every_steps or cfg.validate.at_start):
         yield Problem("validate.prompts", str(cfg.validate.prompts), "validation during the run", "set validate.every_steps")
+    if cfg.validate.prompts and cfg.model.attention == "varlen":
+        expected = "an attention core that reads a KV cache; varlen reads whole documents only"
+        yield Problem("validate.prompts", str(cfg.validate.prompts), expected, "remove them, or set model.attention=flex")
     if cfg.export.best and not cfg.checkpoint.best_by:
         yield Problem("export.best", "true", "a metric in checkpoint.best_by that says which is best", "set checkpoint.best_by")
     if cfg.optim.name == "adamw_8bit" and mesh.degrees["tp"] > 1:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchft.checkpoint.hf import load_hf
+from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.store import Store
 from torchft.dtypes import DTYPES
@@ -21,6 +22,7 @@ from torchft.losses.cross_entropy import build_loss
 from torchft.models.build import read_config
 from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.init import init_weights
+from torchft.models.layers.attend import choose_core
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import build_optimizer
 from torchft.optim.schedules import ScheduleConfig, build_schedule
@@ -51,13 +53,14 @@ log = get_logger(__name__)
 
 @dataclass
 class ModelConfig:
-    path: str | None = None  # HF folder: config.json and safetensors (scripts/convert_checkpoint.py makes one)
+    path: str | None = None  # HF folder (config.json and safetensors; `torchft convert` makes one), or a hub id: org/name[@revision]
     family: str | None = None  # instead of path: a family, such as llama ...
     size: str | None = None  # ... and one of its named sizes ...
     spec: CustomSpec = field(default_factory=CustomSpec)  # ... or, or with, numbers of your own
     init: Literal["weights", "random"] = "weights"  # weights: read them from path; random: fresh from the seed
     train: list[str] = field(default_factory=list)  # parameters to train: globs on names, first:N, last:N (layers); empty: all
     freeze: list[str] = field(default_factory=list)  # parameters to freeze of those, written the same way
+    attention: Literal["auto", "sdpa", "eager", "flex", "varlen"] = "auto"  # attention core; auto: sdpa, eager if the model caps scores
 
     def check(self) -> Iterator[Problem]:
         if bool(self.path) == bool(self.family):
@@ -119,6 +122,7 @@ class ValidateConfig:
 def build_job(cfg, run: Run) -> Job:
     """cfg: a recipe's config. Raises ConfigError, DataError or CheckpointError; a rank that fails alone is ended by the launcher."""
     mesh, world = run.mesh, run.world
+    use_local_copies(cfg)
     spec = read_config(cfg.model.path)[0] if cfg.model.path else custom_spec(cfg.model.family, cfg.model.size, cfg.model.spec)
     _raise_if_any(check_job(cfg, spec, mesh))
     text = build_text(cfg.tokenizer, cfg.model.path)
@@ -204,6 +208,13 @@ def _raise_if_any(problems: Iterable[Problem]) -> None:
         raise ConfigError(found)
 
 
+def use_local_copies(cfg) -> None:
+    """Hub ids in model.path and tokenizer.path become the folders of their copies here; config.yaml, already saved, keeps the ids."""
+    for section in (cfg.model, cfg.tokenizer):
+        if section.path:
+            section.path = str(local_folder(section.path))
+
+
 def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
     """A resumed run keeps its learning-rate curve: another one would bend it in the middle, in silence."""
     saved = {**asdict(ScheduleConfig()), **saved}  # a key that came later was at its default then
@@ -217,7 +228,9 @@ def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
 
 def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     """The parallelised model, allocated, its values not yet set."""
-    modules = build_stages(spec, mesh, DTYPES[cfg.precision.params])
+    core = choose_core(cfg.model.attention, spec.attention)
+    log.info("attention: %s", core)
+    modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core)
     apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
     parts = parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
     parts.agrees_on_memory = cfg.train.auto_micro_batch
