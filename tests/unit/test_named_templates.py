@@ -276,6 +276,26 @@ def test_thinking_needs_a_template_that_has_it(tokenizers):
         build_template("vicuna", tokenizers["vicuna"], thinking="always")
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_reply_after_reply(templates, name):
+    """A prompt that asks for a second reply in a row begins the sample too."""
+    messages = CHATS["edges"][0]
+    prompt = templates[name].prompt(messages[:-1])
+    assert templates[name].encode(messages, where="here").ids[: len(prompt)].tolist() == prompt
+
+
+def test_markup_inside_a_reply(templates, tokenizers):
+    """Thinking marks that do not form one block in front (Qwen 3 takes them apart in its own way): text as rendered, or an error."""
+    template, tokenizer = templates["qwen3"], tokenizers["qwen3"]
+    seen = set()
+    for content in ("a</think>b", "<think>a</think>b</think>c", "a <think>b</think> c", "</think>", "a<think>"):
+        for messages in (chat("u: Hi", f"a: {content}"), chat("u: Hi", f"a: {content}", "u: So", "a: Yes")):
+            text = shown(template, tokenizer, messages)
+            assert text.startswith("ERROR") or re.sub("[«»]", "", text) == template.render(messages)
+            seen.add(text.startswith("ERROR"))
+    assert False in seen
+
+
 def test_weights_of_messages(templates, tokenizers):
     """A message's weight is that of its trained tokens, end token and appended EOS included; 0 is not trained."""
     for name in ("chatml", "glm4"):

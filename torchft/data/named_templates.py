@@ -35,7 +35,6 @@ class Named:
     bos: Literal["always", "pretrained", "never"] = "pretrained"  # pretrained: in front if plain text starts with it
     thinks: bool = False  # replies may begin with <think>...</think> in their content, which the Jinja takes apart
     stops: tuple[str, ...] = ()  # that end a reply, besides those that end the plain ones
-    only_stops: bool = False  # `stops` are all there are
 
 
 def _turns(system: tuple, user: tuple, reply: tuple, prompt: str, *, default_system: str = "", closing: str = "", **facts: Any) -> Named:
@@ -135,8 +134,7 @@ TEMPLATES: dict[str, Named] = {
         "gpt_oss.jinja",
         tokens=("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"),
         bos="never",
-        stops=("<|return|>", "<|call|>"),
-        only_stops=True,  # <|end|> ends thinking, after which the reply goes on
+        stops=("<|return|>", "<|call|>"),  # <|end|> ends thinking, after which the reply goes on
     ),
     "none": _turns(("", ""), ("", ""), ("", EOS), ""),
 }

@@ -81,7 +81,7 @@ class Template:
         self.name, self.source = name, source
         facts = [VERSION, source, thinking, tokenizer.digest, tokenizer.named_tokens, str(today)]
         self.digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        self._tokenizer = tokenizer
+        self._tokenizer = self.tokenizer = tokenizer
         self._thinking, self._splits = thinking, named is not None and named.thinks
         self._reads_thinking, self._reads_tools = READS_THINKING.search(source) is not None, "tools" in source
         # Added words the template itself writes (`<tool_response>`): not to be made from a user's text either.
@@ -94,7 +94,7 @@ class Template:
         self._tokens_of: dict[str, list[tuple[int, int, int]]] = {}
         known = {**tokenizer.added_words, **tokenizer.special_tokens}
         stops = {known[t] for t in (named.stops if named else ()) if t in known}
-        self.stop_ids = tokenizer.stop_ids | stops | (frozenset() if named and named.only_stops else self._ends_of_turn())
+        self.stop_ids = tokenizer.stop_ids | stops | self._ends_of_turn()
 
     def render(self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
         """The text of a chat. Raises DataError with the template's message if it refuses the chat."""
