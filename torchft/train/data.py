@@ -34,13 +34,13 @@ Source = SourceConfig | TextConfig
 
 @dataclass
 class TokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model; null: model.path
+    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
     template: str = "auto"  # chat template: auto (the tokenizer's own) or chatml
 
 
 @dataclass
 class TextTokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model; null: model.path
+    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from torchft.optim.schedules import build_schedule
 from torchft.parallel.mesh import Mesh, resolve_degrees
 from torchft.train.checks import check_job
 from torchft.train.data import Text, build_text
+from torchft.train.setup import use_local_copies
 
 T = TypeVar("T")
 RECORDS = 8  # of each data file
@@ -70,6 +71,10 @@ class _Findings:
 
 def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     model = cfg.model
+    before = len(found.problems)
+    found.attempt(lambda: use_local_copies(cfg))
+    if len(found.problems) > before:
+        return
     spec = found.attempt(lambda: read_config(model.path)[0] if model.path else custom_spec(model.family, model.size, model.spec))
     degrees = found.attempt(lambda: resolve_degrees(cfg.parallel, num_processes))
     if spec is not None and degrees is not None:
