@@ -41,10 +41,14 @@ def _bpe_json() -> str:
     return tok.to_str()
 
 
-def make_hf_tokenizer(folder: Path, *, template: str | None = CHATML, **config) -> Path:
-    """A folder with tokenizer.json and tokenizer_config.json; `config` goes over the defaults."""
+def make_hf_tokenizer(folder: Path, *, template: str | None = CHATML, special: tuple[str, ...] = (), **config) -> Path:
+    """A folder with tokenizer.json and tokenizer_config.json; `special` comes to its tokens, `config` goes over the defaults."""
+    from tokenizers import AddedToken, Tokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(_bpe_json())
+    tok = Tokenizer.from_str(_bpe_json())
+    tok.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    (folder / "tokenizer.json").write_text(tok.to_str())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **CONFIG, **config}
     if template is not None:
         settings["chat_template"] = template
