@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.distributed import ProcessGroup, Store, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 
@@ -28,6 +29,17 @@ def set_timeout(group: ProcessGroup, timeout_s: float) -> None:
 def default_store() -> Store:
     """The store at which the ranks of the default process group met."""
     return distributed_c10d._get_default_store()
+
+
+def forget_step(root: FSDPModule) -> None:
+    """Gives up a step that an exception ended. torch's reset keeps the gradients of gathered parameters, which the next step would add."""
+    root.reset_iter_state()
+    for state in root._get_fsdp_state()._state_ctx.all_states:
+        for group in state._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):  # not before the first gather
+                    parameter._unsharded_param.grad = None
 
 
 def run_microbatches(schedule: PipelineScheduleSingle, args: list[tuple], kwargs: list[dict[str, Any]], targets: list | None) -> None:

@@ -7,9 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.recipe import arguments, rows, train
+from tests.helpers.recipe import ROOT, arguments, rows, train
 from torchft.checkpoint.reader import load_tensors
 from torchft.errors import CheckpointError, ConfigError
+from torchft.models.block import Block
+from torchft.models.build import read_config
+from torchft.parallel.parts import Parts
 
 SHORT = ("train.steps=3", "validate.every_steps=0", "checkpoint.every_steps=0", "schedule.warmup_steps=0", "export.hf=false")
 
@@ -136,8 +139,6 @@ def test_validation_batch_size_changes_no_metric(cache, tmp_path):
 
 def test_validation_batch_size_is_used(cache, tmp_path, monkeypatch):
     """The rows of a validation's micro-batches are validate.micro_batch_size."""
-    from torchft.parallel.parts import Parts
-
     seen, forward_only = [], Parts.forward_only
 
     def spy(self, batches, fn):
@@ -151,8 +152,6 @@ def test_validation_batch_size_is_used(cache, tmp_path, monkeypatch):
 
 def test_deterministic_mode(cache, plain, tmp_path, monkeypatch):
     """Deterministic algorithms are on during the run and change nothing on a CPU; the next run without has them off."""
-    from torchft.parallel.parts import Parts
-
     seen, forward_backward = [], Parts.forward_backward
 
     def spy(self, *args, **kwargs):
@@ -207,12 +206,37 @@ Parts._accumulate = fake
 """
 
 
+INSIDE_OOM = """
+import torch
+from torchft.models.block import Block
+
+real = Block.forward
+
+calls = 0
+
+def out_of_memory(*args):
+    global calls
+    calls += 1
+    if calls > {after}:
+        raise torch.OutOfMemoryError("fake")
+
+def fake(self, h, *rest):
+    out = real(self, h, *rest)
+    if len(h) > 1 and "{where}" == "forward":
+        out_of_memory()
+    elif len(h) > 1:
+        out.register_hook(out_of_memory)
+    return out
+
+Block.forward = fake
+"""
+
+
 @pytest.fixture
 def _unpatched(monkeypatch):
     """Undoes what a plugin patched in this process."""
-    from torchft.parallel.parts import Parts
-
     monkeypatch.setattr(Parts, "_accumulate", Parts._accumulate)
+    monkeypatch.setattr(Block, "forward", Block.forward)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -224,6 +248,19 @@ def test_auto_micro_batch_halves_on_all_ranks(world, cache, tmp_path, _unpatched
     plugin.write_text(FAKE_OOM.format(rows=1))
     options = (f"plugins=[{plugin}]", "train.micro_batch_size=4", "train.auto_micro_batch=true")
     assert losses(tmp_path / "auto", cache, *options, world=world) == small
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize(("where", "passes"), [("forward", 0), ("backward", 0), ("forward", 1), ("backward", 1)])
+def test_auto_micro_batch_after_an_error_inside_a_block(where, passes, compute, cache, tmp_path, _unpatched):
+    """Both ranks run out in the first block of a forward or the last one of a backward, of the first micro-batch or of the second: what
+    FSDP2 had gathered, begun and summed up is given up, and the step has the bits of one in micro-batches of 1."""
+    precision = f"precision.compute={compute}"
+    small = losses(tmp_path / "small", cache, precision, "train.micro_batch_size=1", world=2)
+    plugin = tmp_path / f"oom_{where}_{passes}_{compute}.py"
+    plugin.write_text(INSIDE_OOM.format(where=where, after=passes * read_config(ROOT / "configs/debug/tiny-llama")[0].num_layers))
+    options = (precision, f"plugins=[{plugin}]", "train.micro_batch_size=2", "train.auto_micro_batch=true")
+    assert losses(tmp_path / "auto", cache, *options, world=2) == small
 
 
 def test_a_row_that_never_fits_is_an_error(cache, tmp_path, _unpatched):
@@ -247,6 +284,15 @@ def test_prompts_are_sampled_at_each_validation(world, cache, tmp_path):
         found = [json.loads(line) for line in path.read_text().splitlines()]
         assert [row["prompt"] for row in found] == ["A table for two?", "Hello"]
         assert all(row["text"] and row["finish"] == "length" for row in found)
+
+
+def test_prompts_leave_the_parameters_as_they_were(cache, tmp_path):
+    """What a forward gathers in the compute precision is given back: the checkpoint after a sampling is that of a run without prompts."""
+    options = ("validate.every_steps=3", "precision.compute=bf16", "parallel.fsdp.reshard_after_forward=false", "export.hf=true")
+    losses(tmp_path / "without", cache, *options, world=2)
+    losses(tmp_path / "with", cache, *options, "validate.prompts=[Hello]", "validate.prompt_tokens=2", world=2)
+    one, two = (load_file(tmp_path / name / "run/export/step_00000003/model.safetensors") for name in ("without", "with"))
+    assert all(two[name].dtype == torch.float32 and torch.equal(one[name], two[name]) for name in one)
 
 
 def test_prompts_need_a_whole_model(cache, tmp_path):

@@ -136,6 +136,16 @@ def test_doctor_asks_the_hub_without_hanging(tmp_path):
         assert "status='ok'" in out.stdout and "HF_HUB_OFFLINE" in out.stdout
 
 
+def test_doctor_waits_no_longer_for_a_look_up_that_hangs(monkeypatch):
+    """A name server that says nothing is not under the request's own time limit."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # tests ask no network otherwise
+    monkeypatch.setattr(doctor, "_ask", lambda url: time.sleep(30))
+    monkeypatch.setattr(doctor, "HUB_TIMEOUT_S", 0.2)
+    began = time.monotonic()
+    finding = doctor.hub()
+    assert time.monotonic() - began < 5 and finding.status == "warning" and "no answer in 0.2 s" in finding.text
+
+
 def test_unknown_verb_exits_2(capsys):
     """An unknown verb is refused with the list of verbs."""
     with pytest.raises(SystemExit) as exit_:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
 from tests.helpers.tiny import VOCAB, tiny_llama
@@ -151,6 +152,20 @@ def test_a_sentencepiece_tokenizer_travels(family, prefix, tmp_path):
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
     assert theirs.encode("a", add_special_tokens=True)[:1] == [ours.bos_id] and theirs.eos_token_id == ours.eos_id
     assert theirs.convert_tokens_to_ids(["<extra>", "<|im_end|>"]) == [430, ours.special_tokens["<|im_end|>"]]
+
+
+def test_pieces_keep_their_scores_and_types(tmp_path):
+    """As sentencepiece itself reads them: llama.cpp merges by the scores; ids beyond are unused, and never merged into."""
+    folder = make_sp_tokenizer(tmp_path / "tok", user_defined=("<|im_start|>", "<|im_end|>"))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    found = gguf_metadata(read_assets(folder).files, 480, where="x")
+    tokens, scores, types = (found[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+    size = model.get_piece_size()
+    assert tokens[:size] == [model.id_to_piece(i) for i in range(size)] and scores[:size] == [model.get_score(i) for i in range(size)]
+    assert {types[i] for i in range(size) if model.is_byte(i)} == {6} and {types[i] for i in range(size) if model.is_unknown(i)} == {2}
+    assert (
+        {types[i] for i in range(size) if model.is_control(i)} == {3} and {*types[size:]} == {5} and max(scores[size:]) < min(scores[:size])
+    )
 
 
 def test_a_unigram_model_is_refused(tmp_path):

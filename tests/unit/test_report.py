@@ -1,6 +1,7 @@
 """report.html: everything a run left is on it, escaped, with no request to elsewhere; a damaged checkpoint shows as one."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -164,6 +165,16 @@ def test_a_folder_without_its_facts_still_has_a_report(evil):
         (evil / name).unlink()
     text = parse(report_html(read_run(evil))).text
     assert "failed, step 3" in text and "None" not in text and "Curves" in text
+
+
+def test_a_run_killed_before_its_first_step_has_a_report(evil):
+    """No row yet: no curve and no loss, and nothing made up in their place."""
+    (evil / "metrics.jsonl").unlink()
+    (evil / "lock").write_text("elsewhere.example 1 x\n")
+    os.utime(evil / "lock", (0, 0))
+    run = read_run(evil)
+    text = parse(report_html(run)).text
+    assert run.state == "killed, step 0 of 3" and "None" not in text and "training loss" not in text and "Curves" not in text
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchft.batch import Across, Batch, Heads, Loss
+from torchft.compat import forget_step
 from torchft.dist import agree
 from torchft.models.decoder import Decoder
 from torchft.parallel.grads import clip, global_norm
@@ -77,7 +78,7 @@ class Parts:
             return metrics
         for module in self.modules:
             if isinstance(module, FSDPModule):
-                module.reset_iter_state()
+                forget_step(module)
             module.zero_grad(set_to_none=True)
         if self.mesh.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -118,10 +119,10 @@ class Parts:
         finally:
             for module in self.modules:
                 module.train(training)
-            self._reshard()
+            self.reshard()
         return results if self.has_last else None
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
         """Frees gathered parameters. What stays gathered after a forward would be stale after an update, and would be saved in the
         compute precision instead of the parameters."""
         for root in self.modules:

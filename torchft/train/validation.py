@@ -7,7 +7,6 @@ forwards, as FSDP2 needs them to; rank 0 writes.
 import json
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from torchft.generate.generate import generate
 from torchft.generate.sampling import SamplingConfig
@@ -38,8 +37,7 @@ def sample_prompts(cfg, run: Run, job: Job, step: int) -> None:
     sampling = SamplingConfig(max_new_tokens=cfg.validate.prompt_tokens)
     with torch.compiler.set_stance("force_eager"):  # a cache that grows would compile at every token
         done = generate(model, job.prompts, cfg=sampling, stop_ids=stops, pad_id=tokenizer.pad_id, dtype=dtype)
-    if isinstance(model, FSDPModule):
-        model.reshard()  # the root stays gathered after a forward
+    job.parts.reshard()
     if run.world.rank != 0:
         return
     rows = [
