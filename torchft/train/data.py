@@ -4,18 +4,24 @@ Chats (SourceConfig, with a template) and documents (TextConfig, without one) di
 after that.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
 from torchft.data.loader import DataConfig, Loader, evaluation_steps
-from torchft.data.sources import SourceConfig, open_records
+from torchft.data.sources import SourceConfig, mapping_of, open_records, resolve
 from torchft.data.templates import Template, build_template
 from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
-from torchft.data.tokenize import encode_record, truncate
+from torchft.data.tokenize import encode_record
+from torchft.data.truncation import truncate
+from torchft.data.types import Encoded, Message
 from torchft.dist import World
 from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
@@ -31,13 +37,13 @@ Source = SourceConfig | TextConfig
 
 @dataclass
 class TokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model; null: model.path
+    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
     template: str = "auto"  # chat template: auto (the tokenizer's own) or chatml
 
 
 @dataclass
 class TextTokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model; null: model.path
+    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,35 @@ def check_vocabulary(spec: ModelSpec, text: Text) -> Iterator[Problem]:
         yield Problem("model.spec.vocab_size", str(spec.vocab_size), f"at least the tokenizer's {size} tokens", fix)
 
 
+def encode_prompts(prompts: Sequence[str], text: Text) -> list[list[int]]:
+    """Token ids to continue: a user's message where there is a chat template, else the text as it stands."""
+    if text.template is not None:
+        return [text.template.prompt([Message("user", prompt)]) for prompt in prompts]
+    tokenizer = text.tokenizer
+    return [[tokenizer.bos_id] * tokenizer.adds_bos + tokenizer.encode(prompt) for prompt in prompts]
+
+
+def check_prompts(prompts: Sequence[str], spec: ModelSpec, text: Text) -> Iterator[Problem]:
+    """Prompts that leave the model nothing to continue, or no room to."""
+    for i, ids in enumerate(encode_prompts(prompts, text)):
+        if not 0 < len(ids) < spec.max_seq_len:
+            expected = f"1 to {spec.max_seq_len - 1} tokens"
+            yield Problem(f"validate.prompts.{i}", f"{len(ids)} tokens", expected, "give a text that the model has room to continue")
+
+
 def build_caches(sources: Iterable[Source], text: Text, cfg: DataConfig | TextDataConfig, world: World) -> list[TokenCache]:
     """The tokenised sources, made by all ranks together where they don't exist yet."""
     return [_build_cache(source, text, cfg, world) for source in sources]
+
+
+def data_facts(train: list[TokenCache], validation: Mapping[str, TokenCache]) -> list[dict[str, Any]]:
+    """What the sources hold, as JSON values: counts, and the lengths of the kept samples (shortest, median, 95%, longest)."""
+    named = [("train", cache.name, cache) for cache in train] + [("validation", name, cache) for name, cache in validation.items()]
+    return [{"use": use, "name": name, **asdict(cache.counts), "lengths": _lengths(cache)} for use, name, cache in named]
+
+
+def _lengths(cache: TokenCache) -> list[int]:
+    return np.percentile(np.diff(cache.offsets), (0, 50, 95, 100)).astype(int).tolist()
 
 
 def build_loader(
@@ -92,6 +124,7 @@ def build_loader(
         dp_size=rows.mesh.dp_size,
         seed=seed if cfg.seed is None else cfg.seed,
         packing=cfg.packing,
+        group_by_length=cfg.group_by_length,
         shuffle=cfg.shuffle,
         window=cfg.window,
         pad_id=text.tokenizer.pad_id,
@@ -123,19 +156,29 @@ def validation_passes(
     }
 
 
+def encode_for(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> Callable[[dict, str], Encoded | None]:
+    """(record, where) -> tokens of this source, in full length."""
+    if isinstance(source, TextConfig):
+        return partial(encode_document, text_key=source.text_key, tokenizer=text.tokenizer)
+    source = resolve(source)
+    return partial(encode_record, template=text.template, format=source.format, mapping=mapping_of(source), masks=cfg.masks)
+
+
 def _build_cache(source: Source, text: Text, cfg: DataConfig | TextDataConfig, world: World) -> TokenCache:
     plan = _documents(source, text) if isinstance(source, TextConfig) else _chats(source, text, cfg)
-    return build_cache(cfg.cache, **plan, rank=world.rank, world_size=world.size, report=log.info)
+    encode = encode_for(source, text, cfg)
+    shared = {"max_bad_records": cfg.max_bad_records, "rank": world.rank, "world_size": world.size, "report": log.info}
+    return build_cache(cfg.cache, encode=encode, **plan, **shared)
 
 
 def _chats(source: SourceConfig, text: Text, cfg: DataConfig) -> dict[str, Any]:
     """What build_cache needs to know of chats."""
     records = open_records(source)
+    masks = json.dumps(asdict(cfg.masks), sort_keys=True)
     return {
         "records": records,
-        "encode": lambda record, where: encode_record(record, where, format=source.format, template=text.template),
-        "key": CacheKey(records.digest, source.format, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
-        "truncate": lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where),
+        "key": CacheKey(records.digest, masks, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
+        "truncate": lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where, keep_end=cfg.masks.replies == "last"),
         "max_dropped_share": cfg.max_dropped_share,
     }
 
@@ -143,8 +186,4 @@ def _chats(source: SourceConfig, text: Text, cfg: DataConfig) -> dict[str, Any]:
 def _documents(source: TextConfig, text: Text) -> dict[str, Any]:
     """The same of documents: whole, so that one cache serves every seq_len."""
     records = open_documents(source)
-    return {
-        "records": records,
-        "encode": lambda record, where: encode_document(record, where, text_key=source.text_key, tokenizer=text.tokenizer),
-        "key": CacheKey(records.digest, "text", text.tokenizer.digest, "", 0, "none"),
-    }
+    return {"records": records, "key": CacheKey(records.digest, "text", text.tokenizer.digest, "", 0, "none")}
