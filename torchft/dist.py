@@ -7,6 +7,8 @@ keyed (contract A8): `keyed_generator("init", seed, name, block)` gives the same
 import hashlib
 import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from torchft.compat import default_store, keep_freed_memory
 from torchft.errors import ConfigError, Problem
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+WAIT_S = 1.0  # how often ranks that wait for rank 0 look whether it is through
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
     where = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(where)
+    elif not any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):  # the user's own choice
+        keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         options = {"device_id": where} if kind == "cuda" else {"store": _attempt_store(rank, size, timeout_s)}
         dist.init_process_group(BACKENDS[kind], rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), **options)
@@ -134,6 +140,21 @@ def broadcast_object(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=comm_device())
     return box[0]
+
+
+def wait_for_rank_0(call: Callable[[], None]) -> None:
+    """Long work of rank 0 alone: the others wait at the store, not in a collective, whose time limit it may exceed. All ranks call it."""
+    if world_size() == 1:
+        call()
+        return
+    store, key = default_store(), "torchft/rank_0_is_through"
+    if rank() == 0:
+        try:
+            call()
+        finally:
+            store.set(key, "yes")
+    while not store.check([key]):
+        time.sleep(WAIT_S)
 
 
 def gather_objects(value: object) -> list:

@@ -68,7 +68,7 @@ CELLS = (
 FLEX_CELLS = (  # FlexAttention, whose block mask goes through every wrapper; on CUDA it has no fp64
     Cell("fsdp2-flex-compile-recompute", 2, recompute="full", compile="aot_eager", core="flex"),
     Cell("tp2-flex-compile", 2, (("tp", 2),), compile="aot_eager", core="flex"),
-    Cell("pp2-flex-recompute", 2, (("pp", 2),), recompute="full", core="flex"),
+    Cell("pp2-flex-selective", 2, (("pp", 2),), recompute="selective", core="flex"),
 )
 
 

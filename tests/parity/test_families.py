@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from torchft.models import build
 from torchft.models.build import read_config
 from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.keys import stored_as
+from torchft.models.spec import HeadSpec
 
 transformers = pytest.importorskip("transformers")
 T = 24
@@ -93,6 +95,38 @@ def test_logits_and_gradients(tmp_path, name):
     assert mine.keys() == want.keys()
     worst = {key: relative_error(mine[key], want[key]) for key in mine}
     assert max(worst.values()) <= 1e-5, max(worst.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_score_head(tmp_path, name):
+    """A reward model's scores and every gradient, the head's among them, equal transformers' sequence classification's to 1e-5."""
+    config, model, changes = FAMILIES[name]
+    kind = model.replace("LMHeadModel", "ForCausalLM").replace("Gemma3For", "Gemma3TextFor")
+    settings = getattr(transformers, config)(**copy.deepcopy(changes | {"num_labels": 3, "pad_token_id": 0}))
+    torch.manual_seed(0)
+    made = getattr(transformers, kind.replace("CausalLM", "SequenceClassification"))(settings)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    made.save_pretrained(tmp_path)
+    theirs = type(made).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    spec = replace(tiny_spec(name), heads={"score": HeadSpec(3)})
+    mine = build_decoder(spec, device="cpu")
+    load_hf(tmp_path, spec, mine.named_parameters())
+    tokens, index = torch.randint(1, 96, (2, T)), torch.arange(T, dtype=torch.int32)
+    documents = torch.zeros(2, T, dtype=torch.int32)
+    layout = Layout(documents, documents, index, index, plain_causal=True)
+    got = mine(tokens, layout=layout, positions=index.expand(2, T), reduce=lambda hidden, heads: heads["score"].logits(hidden[:, -1]))
+    expected = theirs(tokens).logits
+    assert got.shape == (2, 3) and relative_error(got, expected) <= 1e-5
+    weights = torch.randn(expected.shape)
+    (expected * weights).sum().backward()
+    (got * weights).sum().backward()
+    want, have = {key: p.grad for key, p in theirs.named_parameters()}, in_their_words(mine)
+    assert have.keys() == want.keys() and "score.weight" in have
+    for key, grad in have.items():
+        if name != "gpt2" or not key.endswith("c_attn.bias"):  # a part of it is zero but for noise: k's, without rotation
+            assert relative_error(grad, want[key]) <= 1e-5, key
 
 
 @pytest.mark.parametrize("name", FAMILIES)

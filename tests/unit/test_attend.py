@@ -222,13 +222,14 @@ def test_what_can_train_is_not_refused():
 @pytest.mark.full
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_compiled_for_the_cpu(softcap):
-    """What CUDA compiles, compiled for the CPU without gradients: block mask and attention, packed, with a window, in fp32."""
+    """What CUDA compiles, compiled for the CPU without gradients: block mask and attention, two packs of other lengths, a window, fp32."""
     spec = replace(SPEC, softcap=softcap)
-    layout, qkv = packed_batch(3, t=40).layout(), random_qkv(2, 40, 40, spec, torch.float32)
-    core = core_of("flex", spec)
-    eager = layout.block_mask(7)
-    mask = _block_mask_maker(compiled=True)(eager.mask_mod, 2, None, 40, 40, device="cpu")
-    assert torch.equal(mask.to_dense(), eager.to_dense())
-    with torch.no_grad():
-        got = torch.compile(core)(*qkv, mask)
-    assert relative_error(got, reference(spec, layout, 7, qkv)[0]) < 1e-6
+    core, maker = torch.compile(core_of("flex", spec)), _block_mask_maker(compiled=True)
+    for t in (40, 72):
+        layout, qkv = packed_batch(3, t=t).layout(), random_qkv(2, t, t, spec, torch.float32)
+        eager = layout.block_mask(7)
+        mask = maker(eager.mask_mod, 2, None, t, t, device="cpu")
+        assert torch.equal(mask.to_dense(), eager.to_dense())
+        with torch.no_grad():
+            got = core(*qkv, mask)
+        assert relative_error(got, reference(spec, layout, 7, qkv)[0]) < 1e-6

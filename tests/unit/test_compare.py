@@ -7,6 +7,7 @@ import pytest
 
 from tests.unit.test_report import EVIL, parse
 from torchft.cli.main import main
+from torchft.config.compare import differing_keys
 from torchft.metrics.rows import encode_row, train_row
 from torchft.train.compare import comparison_html, comparison_text, names
 from torchft.train.record import read_run
@@ -57,3 +58,9 @@ def test_wrong_use(tmp_path, capsys, count):
     assert main(["compare", *folders]) == 2
     captured = capsys.readouterr()
     assert "expected" in captured.out + captured.err
+
+
+def test_differing_keys_of_several_configs():
+    """By value, absent ones as -, lists of numbers whole, secrets redacted."""
+    trees = [{"a": 1, "b": {"c": 1e-5}}, {"a": 1, "b": {"c": 2e-5}, "d": [4, 5]}, {"a": 1, "b": {"c": 1e-05}, "api_key": "x"}]
+    assert differing_keys(trees) == {"b.c": ["1e-05", "2e-05", "1e-05"], "d": ["-", "[4, 5]", "-"], "api_key": ["-", "-", "<redacted>"]}

@@ -20,8 +20,22 @@ LLAMA3 = (
     "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+GEMMA2 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+GEMMA3 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set lead = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set lead = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + (lead if loop.first else '') + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
 DEFAULT = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are \"S\".\nAlways.<|im_end|>\n{% endif %}" + CHATML
-TEMPLATES = {"chatml": CHATML, "default system": DEFAULT, "bos": "{{ bos_token }}" + CHATML, "llama3": LLAMA3}
+TEMPLATES = {"chatml": CHATML, "default system": DEFAULT, "bos": "{{ bos_token }}" + CHATML, "llama3": LLAMA3, "gemma": GEMMA3}
+TEMPLATES |= {"gemma without system": GEMMA2}
 CHATS = [
     [Message("user", "Hi {{ .Role }} <b>&\"'")],
     [Message("system", "Be brief."), Message("user", "a\nb"), Message("assistant", "c"), Message("user", "日本 😀")],
@@ -72,8 +86,17 @@ def test_go_renders_our_prompts(name, go, tmp_path):
     source = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
     system = re.search(r'SYSTEM """(.*?)"""', text, re.DOTALL)
     assert bool(system) == (name == "default system")
-    chats = [[Message("system", system[1]), *chat] if system and chat[0].role != "system" else chat for chat in CHATS]
-    assert go(source, chats) == [template.render(chat, add_generation_prompt=True) for chat in CHATS]
+    asked = [chat for chat in CHATS if "without system" not in name or chat[0].role != "system"]
+    chats = [[Message("system", system[1]), *chat] if system and chat[0].role != "system" else chat for chat in asked]
+    assert go(source, chats) == [template.render(chat, add_generation_prompt=True) for chat in asked]
+
+
+def test_a_system_message_that_gemma_refuses_stands_before_the_text(go, tmp_path):
+    """Ollama may send one: it is folded into the first turn, and not repeated in the next."""
+    source = re.search(r'TEMPLATE """(.*?)"""', modelfile("m.gguf", *make(tmp_path, GEMMA2)), re.DOTALL)[1]
+    later, _ = make(tmp_path / "3", GEMMA3)
+    chat = [Message("system", "Be brief."), Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    assert go(source, [chat]) == [later.render(chat, add_generation_prompt=True)]
 
 
 def test_the_file_names_weights_and_stop(tmp_path):
@@ -83,11 +106,15 @@ def test_the_file_names_weights_and_stop(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source, why", [("{{ messages[0]['content'] }}", "none of chatml, llama3"), ("{{ raise_exception('no') }}", "refuses")]
+    "source, why",
+    [("{{ messages[0]['content'] }}", "none of chatml, llama3, gemma"), ("{{ raise_exception('no') }}", "refuses a plain chat")],
 )
 def test_an_unknown_template_is_refused(source, why, tmp_path):
     """With the reason, not with a template that is nearly right."""
     with pytest.raises(DataError, match=why):
         modelfile("m.gguf", *make(tmp_path, source))
+    picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    with pytest.raises(DataError, match="refuses a system message"):
+        modelfile("m.gguf", *make(tmp_path / "3", picky))
     with pytest.raises(DataError, match="none of chatml"):
         modelfile("m.gguf", *make(tmp_path / "2", CHATML.replace("message['content']", "message['content'] + ' '")))

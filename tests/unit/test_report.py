@@ -1,16 +1,20 @@
 """report.html: everything a run left is on it, escaped, with no request to elsewhere; a damaged checkpoint shows as one."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.recipe import CONFIG, load_recipe
+from tests.helpers.recipe import CONFIG, ROOT, arguments, load_recipe
 from torchft.cli.main import main
-from torchft.config.changes import changed_from_defaults, differing_keys
+from torchft.config.changes import changed_from_defaults
 from torchft.config.load import load_config
+from torchft.dist import child_environment
 from torchft.errors import CheckpointError, DataError
 from torchft.metrics.rows import encode_row, train_row
 from torchft.train.record import checkpoint_at, read_run
@@ -130,6 +134,49 @@ def test_a_run_writes_its_report(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
+def test_a_run_killed_midway_has_a_whole_report(tmp_path, capsys):
+    """kill -9 in step 4, a line half written: every section is there, the numbers are those of step 3, nothing says None or nan."""
+    out = tmp_path / "run"
+    argv = arguments(
+        out, tmp_path / "cache", "train.steps=6", "checkpoint.every_steps=2", "validate.every_steps=2", "metrics.every_steps=1"
+    )
+    command = [sys.executable, str(ROOT / "recipes/full_finetune.py"), *argv]
+    env = child_environment(TORCHFT_FAULT="kill:step:step=4", PYTHONPATH=str(ROOT))
+    assert subprocess.run(command, env=env, capture_output=True, timeout=200).returncode == -9
+    assert (out / "lock").exists() and not (out / "summary.json").exists() and not (out / "report.html").exists()
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 1.')
+    assert main(["report", str(out)]) == 0
+    html = (out / "report.html").read_text()
+    text = parse(html).text
+    for part in ("Curves", "Validation", "Config: what differs", "Data", "Model and environment", "Checkpoints", "Warnings", "Events"):
+        assert part in text, part
+    assert "killed, step 3 of 6" in text and "106,816 parameters" in text and "304" in text and "optim.lr" in text
+    assert not re.search(r"\b(None|nan|null|NaN)\b", text.split("The whole config")[0])
+    assert not re.search(r"""(src|href|url|@import)\s*[=(:]|https?://(?!www\.w3\.org/2000/svg)""", html.split("The whole config")[0])
+    assert [(c.step, c.state) for c in read_run(out).checkpoints()] == [(2, "good")]
+    assert main(["compare", str(out), str(out)]) == 0 and "killed, step 3 of 6" in capsys.readouterr().out
+
+
+def test_a_folder_without_its_facts_still_has_a_report(evil):
+    """run.json, events, logs and samples gone: what is left is shown."""
+    for name in ("run.json", "events.jsonl", "logs/rank_0.log", "samples/step_3.jsonl"):
+        (evil / name).unlink()
+    text = parse(report_html(read_run(evil))).text
+    assert "failed, step 3" in text and "None" not in text and "Curves" in text
+
+
+def test_a_run_killed_before_its_first_step_has_a_report(evil):
+    """No row yet: no curve and no loss, and nothing made up in their place."""
+    (evil / "metrics.jsonl").unlink()
+    (evil / "lock").write_text("elsewhere.example 1 x\n")
+    os.utime(evil / "lock", (0, 0))
+    run = read_run(evil)
+    text = parse(report_html(run)).text
+    assert run.state == "killed, step 0 of 3" and "None" not in text and "training loss" not in text and "Curves" not in text
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     """Exit 2 and the path; nothing is written."""
     assert main(["report", str(tmp_path)]) == 2
@@ -153,4 +200,3 @@ def test_changes_of_a_config_are_those_that_were_given(tmp_path):
     assert changed["output_dir"] == ["${oc.env:HOME}", "required"]
     assert changed["data.train.0.max_samples"] == [3, None] and changed["data.train.0.path"] == ["a", "required"]
     assert changed["optim.betas"][0] == [0.9, 0.9] and "seed" not in changed and "data.train.0.format" not in changed
-    assert differing_keys([{"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": [4]}]) == {"b.c": [2, 3], "d.0": ["-", 4]}

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.recipe import arguments
+from tests.helpers.recipe import train as train_recipe
 from torchft.metrics.rows import train_row
 from torchft.metrics.sinks import MetricsConfig, build_sinks
 from torchft.metrics.trackers import TRACKERS, event_text, missing_packages, scalars
@@ -141,6 +143,34 @@ def test_a_tracker_that_fails_is_switched_off(at, error, folder, fakes, caplog):
     sinks.close()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert "'swanlab' is switched off" in caplog.text and SECRET not in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_trackers_and_keeps_their_ids(tmp_path, fakes, monkeypatch, capsys):
+    """A whole run with a tracker that fails in step 2 and one that does not, then resumed: every step is made, ids are kept."""
+    broken = sys.modules["swanlab"]
+    log, calls = broken.log, []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ConnectionError("gone")
+        return log(*args, **kwargs)
+
+    monkeypatch.setattr(broken, "log", fail)
+    argv = arguments(tmp_path / "run", tmp_path / "cache", "metrics.sinks=[jsonl,swanlab,mlflow]", "checkpoint.every_steps=2")
+    argv += ["validate.every_steps=0", "schedule.warmup_steps=0", "export.hf=false", "schedule.name=constant"]
+    ids = []
+    for steps in (2, 4):
+        assert train_recipe([*argv, f"train.steps={steps}", "schedule.allow_change=true"]) == 0
+        ids.append(json.loads((tmp_path / "run/trackers.json").read_text()))
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 4 and ids[0] == ids[1]
+    assert [call["run_id"] for call in fakes["mlflow"].named("start_run")] == [None, "server-made"]
+    assert [call["step"] for call in fakes["mlflow"].named("log_metrics")] == [1, 2, 3, 4]
+    assert fakes["swanlab"].named("init")[0]["id"] == fakes["swanlab"].named("init")[1]["id"]
+    assert "'swanlab' is switched off" in (tmp_path / "run/logs/rank_0.log").read_text()
+    assert "'swanlab' is switched off" in (tmp_path / "run/report.html").read_text().replace("&#x27;", "'")
+    capsys.readouterr()
 
 
 def test_a_missing_package_is_a_problem_of_the_config(monkeypatch):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.gguf import GgufFile
 from torchft.checkpoint.hf import open_weights, weight_shapes
+from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST, STATE, TensorInfo, hash_weights, read_listed, read_manifest, verify
 from torchft.checkpoint.reader import load_tensors, read_index
 from torchft.checkpoint.tensor_files import LazyTensor
@@ -45,6 +46,7 @@ def open_source(path: Path, base: Path | None = None, tokenizer: Path | None = N
 
     Raises TorchftError.
     """
+    path, base, tokenizer = (local_folder(p) if p else None for p in (path, base, tokenizer))
     if (path / MANIFEST).is_file():
         source = open_training(path, base)
     elif path.suffix == ".gguf":
@@ -101,6 +103,7 @@ def recorded_base(path: Path, recorded: dict[str, str]) -> Path:
     """The HF folder the run started from: as the checkpoint says, else as the run's config.yaml does (model.path)."""
     config = path.resolve().parent.parent / "config.yaml"
     named = recorded.get("path") or (run_config(path).get("model") or {}).get("path")
+    named = str(local_folder(named)) if named else None
     if not named or not Path(named).is_dir():
         given = f"the run names {named!r}, which is no folder here" if named else f"neither state.json nor {config} names one"
         raise CheckpointError(f"{path}: config and tokenizer of the base model are needed; {given}\n  fix: --base HF_FOLDER")
@@ -135,7 +138,7 @@ def _trained(folder: Path, name: str, info: Any) -> LazyTensor:
 def _run_assets(config: dict[str, Any], base: Path | None) -> Assets:
     """The base's assets with the tokenizer and chat template that the run was trained with."""
     assets, chosen = read_assets(base) if base else Assets(), config.get("tokenizer") or {}
-    folder = Path(chosen["path"]) if chosen.get("path") else base
+    folder = local_folder(chosen["path"]) if chosen.get("path") else base
     if folder is not None and folder != base:
         assets = replace(assets, files=read_assets(folder).files)
     if folder is None or (base is not None and not chosen.get("path") and chosen.get("template", "auto") == "auto"):

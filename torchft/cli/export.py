@@ -8,7 +8,7 @@ SIZES = {"MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="a run's output_dir, one of its checkpoints, a HF folder or a .gguf file")
+    parser.add_argument("source", type=Path, help="a run's output_dir, one of its checkpoints, a HF folder, a .gguf file or a hub id")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--step", default="latest", help="of a run: latest, best or a step's number (default latest)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights in a HF folder (default: as saved)")
@@ -40,6 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
         export_hf_folder(source, card, out, dtype=dtype, shard_bytes=arguments.shard_size)
         print(f"{out}: {len(source.tensors)} tensors, {', '.join(source.assets.files) or 'no tokenizer'}")
         return 0
-    reason = export_gguf(source, card, out, arguments.gguf, name=arguments.source.resolve().name.removesuffix(".gguf"))
+    reason = export_gguf(source, card, out, arguments.gguf, name=arguments.source.resolve().name.removesuffix(".gguf").split("@")[0])
     print(f"{out}: {len(source.tensors)} tensors as {arguments.gguf}" + ("; " + reason if reason else ", Modelfile"))
     return 0

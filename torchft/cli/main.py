@@ -25,6 +25,8 @@ VERBS = {
     "generate": ("torchft.cli.generate", "continue the prompts of a file"),
     "convert": ("torchft.cli.convert", "write a model as a complete HF folder"),
     "export": ("torchft.cli.export", "a step of a run as a HF folder, or as GGUF with an Ollama Modelfile"),
+    "download": ("torchft.cli.download", "fetch a model from the Hugging Face hub"),
+    "push": ("torchft.cli.push", "publish an exported folder on the Hugging Face hub"),
     "doctor": ("torchft.cli.doctor", "check this installation: versions, devices, clashes, disk"),
     "completion": ("torchft.cli.completion", "print completion for a shell: bash or zsh"),
 }

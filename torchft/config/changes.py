@@ -1,33 +1,23 @@
-"""What of a config is not as it would be anyway: `changed_from_defaults(cfg)`, and between runs: `differing_keys(configs)`.
+"""What of a config is not as it would be anyway: `changed_from_defaults(cfg)`.
 
-Shown in a run's report and in `torchft compare`: of a hundred keys the few that matter. Values are shown as in config.yaml:
-references as written, secrets redacted.
+Shown in a run's report: of a hundred keys the few that matter. Values are shown as in config.yaml: references as written, secrets
+redacted. What differs between two configs is compare.py's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from torchft.config.problems import leaves
 from torchft.config.show import config_dict
 from torchft.config.sources import Key
 
 REQUIRED = "required"  # stands for the default of a key that has none
-ABSENT = "-"  # stands for the value of a key that a config does not have
 
 
 def changed_from_defaults(cfg: Any) -> dict[str, list[Any]]:
     """{"optim.lr": [1e-05, 0.0003]}: key -> value given, default; in the order of the config. cfg: a config's dataclass."""
     shown = config_dict(cfg)
     return {".".join(path): [_at(shown, path), default] for path, default in _changed(cfg, None, ())}
-
-
-def differing_keys(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """{"optim.lr": [1e-05, 2e-05]}: key -> its value in each of the (plain) configs, where they are not all equal."""
-    flat = [{".".join(path): value for path, value in leaves(dict(config))} for config in configs]
-    keys = dict.fromkeys(key for config in flat for key in config)
-    rows = {key: [config.get(key, ABSENT) for config in flat] for key in keys}
-    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
 
 def _changed(node: Any, default: Any, path: Key) -> Iterator[tuple[Key, Any]]:

@@ -20,10 +20,11 @@ from torch import Tensor
 from torchft.batch import Batch
 from torchft.data.cache import TokenCache
 from torchft.data.collate import collate
+from torchft.data.masks import MaskConfig
 from torchft.data.order import VERSION, Cursor, Order
 from torchft.data.sources import SourceConfig
 from torchft.data.stream import StreamOrder
-from torchft.data.tokenize import Truncation
+from torchft.data.truncation import Truncation
 from torchft.errors import CheckpointError, ConfigError, Problem
 
 Packing = bool | Literal["cut"]
@@ -38,8 +39,10 @@ class DataConfig:
     seq_len: int = 2048  # tokens in a row; longer samples are handled by `truncation`
     packing: bool = True  # several samples share a row, without seeing each other; false: one sample a row, padded
     group_by_length: bool = False  # without packing: each window's samples longest first, so that steps are less padded
-    truncation: Truncation = "error"  # samples longer than seq_len: error | drop | left (keeps the end) | right (keeps the start)
+    masks: MaskConfig = field(default_factory=MaskConfig)  # which messages are trained
+    truncation: Truncation = "error"  # samples over seq_len: error | drop | left (keeps the end) | right (the start) | proportional
     max_dropped_share: float = 0.5  # stop if a larger share of a source's samples is dropped
+    max_bad_records: int = 0  # broken records of a source to leave out, counted and named; 0: the first is an error
     shuffle: bool = True  # a new order in each epoch; false: the files' order
     window: int = 4096  # samples from which packs are made at once
     seed: int | None = None  # of the order; null: the run's seed
@@ -53,6 +56,8 @@ class DataConfig:
             yield Problem("data.seq_len", str(self.seq_len), "at least 2", "use the length of your samples in tokens")
         if not 0 <= self.max_dropped_share <= 1:
             yield Problem("data.max_dropped_share", str(self.max_dropped_share), "a share from 0 to 1", "use e.g. 0.5")
+        if self.max_bad_records < 0:
+            yield Problem("data.max_bad_records", str(self.max_bad_records), "0 or more", "use 0 to stop at the first")
         if self.group_by_length and self.packing:
             yield Problem("data.group_by_length", "true", "data.packing=false: packs are full already", "set one of the two to false")
         if self.window < 1:

@@ -1,6 +1,6 @@
 """Opens a model to talk to: weights, tokenizer and the chat template it was trained with.
 
-    HF folder ----------------------------------------> itself
+    HF folder or hub id ------------------------------> itself, its copy here
     RUN/checkpoints/step_N ---------------------------> its weights; tokenizer and template as in RUN/config.yaml
     RUN -- export/step_N or a newer checkpoint -------> one of the above
 
@@ -16,6 +16,7 @@ import torch
 
 from torchft.checkpoint.folder import CheckpointFolder
 from torchft.checkpoint.hf import copy_weights
+from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST
 from torchft.checkpoint.source import open_source, recorded_base, run_config
 from torchft.data.templates import Template, build_template
@@ -66,14 +67,16 @@ def open_model(
     decoder = build_decoder(source.spec, device=device, dtype=dtype)
     report = copy_weights(decoder.named_parameters(), source.tensors)
     log.info("%s: %d tensors in %s on %s", found, report.num_tensors, str(dtype).removeprefix("torch."), device)
-    text = load_tokenizer(tokenizer or _tokenizer_folder(found))
+    text = load_tokenizer(local_folder(tokenizer or _tokenizer_folder(found)))
     if template == "auto" and is_checkpoint(found):
         template = _of_run(found, "tokenizer.template") or "auto"
     return LanguageModel(found, decoder.eval(), text, None if template is None else build_template(template, text))
 
 
 def find_model(path: Path) -> Path:
-    """A HF folder or a checkpoint: `path` itself, or of a run folder its export, or its newest checkpoint if that is newer."""
+    """A HF folder or a checkpoint: `path` itself, or of a run folder its export, or its newest checkpoint if that is newer; or what was
+    downloaded of a hub id."""
+    path = local_folder(path)
     if is_checkpoint(path) or not (path / "config.yaml").is_file():
         return path
     exports = [p for p in (path / "export").glob("step_*") if (p / "config.json").is_file()]

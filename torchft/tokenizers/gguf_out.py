@@ -1,6 +1,7 @@
-"""A HF tokenizer as the metadata of a GGUF file: the inverse of tokenizers/gguf.py, by the same table of splitting rules.
+"""A tokenizer as the metadata of a GGUF file: the inverse of tokenizers/gguf.py, by the same table of splitting rules.
 
     tokenizer.json, tokenizer_config.json, chat_template.jinja --> tokenizer.ggml.{model, pre, tokens, token_type, merges, *_token_id}
+    tokenizer.model --gguf_pieces.py--> tokenizer.ggml.{model, tokens, scores, token_type, *_token_id}
 
 GGUF names the rule that splits text before the merges but can't hold one: a tokenizer whose rule is none of those named there is
 refused, since another split gives other ids without any sign.
@@ -14,19 +15,31 @@ from tokenizers import Tokenizer
 
 from torchft.errors import DataError
 from torchft.tokenizers.gguf import CONTROL, PRE, SPECIAL, USER_DEFINED
+from torchft.tokenizers.gguf_pieces import UNUSED, pieces_metadata
 
-NORMAL, UNUSED = 1, 5
+NORMAL = 1
 FIX = "export a HF folder instead, and convert that with llama.cpp's own script"
 
 
 def gguf_metadata(files: Mapping[str, bytes], vocab_size: int, *, where: str) -> dict[str, Any]:
     """Keys and values. vocab_size: rows of the embedding; ids beyond the tokenizer's are written as unused. Raises DataError."""
-    if "tokenizer.json" not in files:
+    rules, settings = (json.loads(files.get(name, b"{}")) for name in ("tokenizer.json", "tokenizer_config.json"))
+    if "tokenizer.model" in files and (not rules or rules["model"].get("byte_fallback")):
+        found = pieces_metadata(files, vocab_size, where=where, fix=FIX)
+    elif rules:
+        found = _byte_level(files["tokenizer.json"].decode(), rules, settings, vocab_size, where)
+    else:
+        given = ", ".join(files) or "no tokenizer"
         raise DataError(
-            f"{where}: no tokenizer.json\n  given:    {', '.join(files) or 'no tokenizer'}\n  expected: a byte-level BPE\n  fix:      {FIX}"
+            f"{where}: no tokenizer.json\n  given:    {given}\n  expected: a byte-level BPE, or tokenizer.model\n  fix:      {FIX}"
         )
-    rules, settings = json.loads(files["tokenizer.json"]), json.loads(files.get("tokenizer_config.json", b"{}"))
-    pre, tokenizer = _pre(rules, where), Tokenizer.from_str(files["tokenizer.json"].decode())
+    template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else settings.get("chat_template")
+    return found | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+
+
+def _byte_level(source: str, rules: Mapping[str, Any], settings: Mapping[str, Any], vocab_size: int, where: str) -> dict[str, Any]:
+    """Of tokenizer.json with a byte-level BPE. rules: the same, parsed."""
+    pre, tokenizer = _pre(rules, where), Tokenizer.from_str(source)
     vocab = tokenizer.get_vocab()
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [UNUSED] * vocab_size
@@ -44,9 +57,7 @@ def gguf_metadata(files: Mapping[str, bytes], vocab_size: int, *, where: str) ->
         if text in vocab:
             found[f"{theirs}_token_id"] = vocab[text]
     found["add_bos_token"] = "bos_token_id" in found and tokenizer.encode("a").ids[:1] == [found["bos_token_id"]]
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
-    template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else settings.get("chat_template")
-    return metadata | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+    return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
 
 
 def _pre(rules: Mapping[str, Any], where: str) -> str:

@@ -3,17 +3,16 @@
 Written from the run's own files, for publishing: no secrets, no paths of the machine (of a path its last part stays), no host.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from torchft.checkpoint.hub import is_hub_id
 from torchft.config.problems import leaves, redact_text
 from torchft.metrics.page import setting, show
 from torchft.train.record import RunRecord
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # org/name, org/name@revision
 SECTIONS = ("loss", "optim", "schedule", "train", "precision", "data", "adapter")  # whose changed values are hyper-parameters
 BY_DATA = ("data.train.", "data.validation.", "data.cache")  # told apart: by name
 
@@ -22,7 +21,7 @@ def model_card(run: RunRecord, step: int, *, files: str = "safetensors") -> str:
     """Markdown with the front matter the hub reads. files: what the folder holds, "safetensors" or "gguf"."""
     base = (run.config.get("model") or {}).get("path") or ""
     front: dict[str, Any] = {"library_name": "transformers" if files == "safetensors" else "gguf", "tags": ["torchft"]}
-    if is_public := bool(HUB_ID.fullmatch(base)) and not Path(base).exists():
+    if is_public := is_hub_id(base):
         front["base_model"] = base.split("@")[0]
     model = run.facts.get("model", {})
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {_word(run.name)}, step {step}", ""]

@@ -42,6 +42,9 @@ def _check_options(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
         yield Problem("validate.prompts", str(cfg.validate.prompts), "no prompts under parallel.tp or parallel.pp", "remove them")
     if cfg.validate.prompts and not (cfg.validate.every_steps or cfg.validate.at_start):
         yield Problem("validate.prompts", str(cfg.validate.prompts), "validation during the run", "set validate.every_steps")
+    if cfg.validate.prompts and cfg.model.attention == "varlen":
+        expected = "an attention core that reads a KV cache; varlen reads whole documents only"
+        yield Problem("validate.prompts", str(cfg.validate.prompts), expected, "remove them, or set model.attention=flex")
     if cfg.export.best and not cfg.checkpoint.best_by:
         yield Problem("export.best", "true", "a metric in checkpoint.best_by that says which is best", "set checkpoint.best_by")
     if cfg.optim.name == "adamw_8bit" and mesh.degrees["tp"] > 1:

@@ -7,8 +7,8 @@ runs on the same data can be told apart by them: differing data is among the dif
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torchft.config.changes import differing_keys
-from torchft.metrics.page import page, section, setting, show, table
+from torchft.config.compare import differing_keys
+from torchft.metrics.page import page, section, show, table
 from torchft.metrics.plot import Panel, step_series, svg_text, validation_keys
 from torchft.metrics.rows import write_whole
 from torchft.train.record import RunRecord
@@ -63,7 +63,7 @@ def settings(runs: Sequence[RunRecord]) -> Iterator[list[str]]:
     """Rows of the config keys in which the runs differ; their folders differ anyway."""
     for key, values in differing_keys([run.config for run in runs]).items():
         if key != "output_dir":
-            yield [key, *map(setting, values)]
+            yield [key, *values]
 
 
 def panels(runs: Sequence[RunRecord]) -> list[Panel]:

@@ -4,8 +4,10 @@ Chats (SourceConfig, with a template) and documents (TextConfig, without one) di
 after that.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import numpy as np
 from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
 from torchft.data.loader import DataConfig, Loader, evaluation_steps
-from torchft.data.sources import SourceConfig, open_records
+from torchft.data.sources import SourceConfig, mapping_of, open_records, resolve
 from torchft.data.templates import Template, build_template
 from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
-from torchft.data.tokenize import encode_record, truncate
-from torchft.data.types import Message
+from torchft.data.tokenize import encode_record
+from torchft.data.truncation import truncate
+from torchft.data.types import Encoded, Message
 from torchft.dist import World
 from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
@@ -34,13 +37,13 @@ Source = SourceConfig | TextConfig
 
 @dataclass
 class TokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model; null: model.path
+    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
     template: str = "auto"  # chat template: auto (the tokenizer's own) or chatml
 
 
 @dataclass
 class TextTokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model; null: model.path
+    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
 
 
 @dataclass(frozen=True)
@@ -153,19 +156,29 @@ def validation_passes(
     }
 
 
+def encode_for(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> Callable[[dict, str], Encoded | None]:
+    """(record, where) -> tokens of this source, in full length."""
+    if isinstance(source, TextConfig):
+        return partial(encode_document, text_key=source.text_key, tokenizer=text.tokenizer)
+    source = resolve(source)
+    return partial(encode_record, template=text.template, format=source.format, mapping=mapping_of(source), masks=cfg.masks)
+
+
 def _build_cache(source: Source, text: Text, cfg: DataConfig | TextDataConfig, world: World) -> TokenCache:
     plan = _documents(source, text) if isinstance(source, TextConfig) else _chats(source, text, cfg)
-    return build_cache(cfg.cache, **plan, rank=world.rank, world_size=world.size, report=log.info)
+    encode = encode_for(source, text, cfg)
+    shared = {"max_bad_records": cfg.max_bad_records, "rank": world.rank, "world_size": world.size, "report": log.info}
+    return build_cache(cfg.cache, encode=encode, **plan, **shared)
 
 
 def _chats(source: SourceConfig, text: Text, cfg: DataConfig) -> dict[str, Any]:
     """What build_cache needs to know of chats."""
     records = open_records(source)
+    masks = json.dumps(asdict(cfg.masks), sort_keys=True)
     return {
         "records": records,
-        "encode": lambda record, where: encode_record(record, where, format=source.format, template=text.template),
-        "key": CacheKey(records.digest, source.format, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
-        "truncate": lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where),
+        "key": CacheKey(records.digest, masks, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
+        "truncate": lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where, keep_end=cfg.masks.replies == "last"),
         "max_dropped_share": cfg.max_dropped_share,
     }
 
@@ -173,8 +186,4 @@ def _chats(source: SourceConfig, text: Text, cfg: DataConfig) -> dict[str, Any]:
 def _documents(source: TextConfig, text: Text) -> dict[str, Any]:
     """The same of documents: whole, so that one cache serves every seq_len."""
     records = open_documents(source)
-    return {
-        "records": records,
-        "encode": lambda record, where: encode_document(record, where, text_key=source.text_key, tokenizer=text.tokenizer),
-        "key": CacheKey(records.digest, "text", text.tokenizer.digest, "", 0, "none"),
-    }
+    return {"records": records, "key": CacheKey(records.digest, "text", text.tokenizer.digest, "", 0, "none")}

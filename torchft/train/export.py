@@ -19,7 +19,7 @@ from torchft.checkpoint.source import ModelSource, open_source
 from torchft.data.ollama import modelfile
 from torchft.data.templates import build_template
 from torchft.errors import CheckpointError, DataError
-from torchft.tokenizers.load import load_tokenizer
+from torchft.tokenizers.load import tokenizer_of
 from torchft.train.card import model_card
 from torchft.train.record import checkpoint_at, read_run
 
@@ -60,13 +60,10 @@ def export_gguf(source: ModelSource, card: str, out: Path, kind: Kind, *, name: 
 
 def _write_modelfile(source: ModelSource, folder: Path, gguf_name: str) -> str:
     """The Modelfile, or why there can't be one: the GGUF is as good without."""
-    with tempfile.TemporaryDirectory() as place:
-        for name, content in source.assets.files.items():
-            (Path(place) / name).write_bytes(content)
-        try:
-            tokenizer = load_tokenizer(place)
-            text = modelfile(gguf_name, build_template("auto", tokenizer), tokenizer)
-        except DataError as error:
-            return str(error)
+    try:
+        tokenizer = tokenizer_of(source.assets.files)
+        text = modelfile(gguf_name, build_template("auto", tokenizer), tokenizer)
+    except DataError as error:
+        return str(error)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     return ""

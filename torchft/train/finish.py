@@ -11,11 +11,12 @@ from torchft.checkpoint.agreement import on_rank_0
 from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.folder import BEST, step_of
 from torchft.checkpoint.hf import save_hf
+from torchft.checkpoint.hub import HUB_ID, TO_LOG_IN, has_token, push_folder
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.store import Store
-from torchft.dist import broadcast_object
+from torchft.dist import broadcast_object, wait_for_rank_0
 from torchft.dtypes import DTYPES
-from torchft.errors import Problem, TorchftError
+from torchft.errors import CheckpointError, Problem, TorchftError
 from torchft.log import get_logger
 from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
@@ -35,10 +36,19 @@ class ExportConfig:
     best: bool = False  # export the checkpoint that checkpoint.best_by chose instead of the last step
     dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; null: as precision.params
     shard_size: str = "5GB"  # largest weights file, in MB or GB
+    push: str | None = None  # publish it on the hub as org/name[@branch]; a new repository is private; needs a login or HF_TOKEN
 
     def check(self) -> Iterator[Problem]:
         if not re.fullmatch(r"[1-9][0-9]*(MB|GB)", self.shard_size):
             yield Problem("export.shard_size", self.shard_size, "a whole number of MB or GB", "use e.g. 5GB")
+        if self.push is not None and not HUB_ID.fullmatch(self.push):
+            yield Problem("export.push", self.push, "a hub id: org/name, or org/name@branch", "use your own or your organisation's name")
+        elif self.push and not self.hf:
+            yield Problem(
+                "export.push", f"{self.push} with export.hf=false", "something to publish", "set export.hf=true, or leave push out"
+            )
+        elif self.push and not has_token():
+            yield Problem("export.push", f"{self.push}, and no token", "a token that may write there", TO_LOG_IN)
 
     @property
     def shard_bytes(self) -> int:
@@ -50,6 +60,7 @@ def finish_run(cfg, run: Run, job: Job) -> int:
     job.loader.close()
     if run.stopped or cfg.checkpoint.save_at_end:
         job.store.save(run.step, required=True)
+    folder = None
     if cfg.export.hf and not run.stopped:
         step = load_best(job.store, run.step) if cfg.export.best else run.step
         folder = broadcast_object(free_folder(run.folder / "export" / f"step_{step:08d}"))  # rank 0's choice
@@ -60,7 +71,19 @@ def finish_run(cfg, run: Run, job: Job) -> int:
             report(run, job)
         except (OSError, TorchftError) as error:  # the model is saved and exported: a full disk must not make the run a failure
             log.warning("no plot, summary or report: %s", error)
+    if folder and cfg.export.push:
+        wait_for_rank_0(lambda: _publish(run, folder, cfg.export.push))
     return STOPPED if run.stopped else 0
+
+
+def _publish(run: Run, folder: Path, name: str) -> None:
+    """A hub that fails must not make a finished run a failure."""
+    try:
+        page = push_folder(folder, name, message=f"{run.folder.resolve().name}, {folder.name}")
+        run.sinks.event("published", run.step, page=page)
+    except CheckpointError as error:
+        log.warning("not published, the model is in %s: %s\n  later:    torchft push %s %s", folder, error, folder, name)
+        run.sinks.event("not published", run.step, reason=str(error).splitlines()[0])
 
 
 def load_best(store: Store, last: int) -> int:

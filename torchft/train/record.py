@@ -17,6 +17,7 @@ from torchft.config.show import read_saved
 from torchft.errors import CheckpointError, DataError
 from torchft.metrics.rows import Row, read_rows
 from torchft.metrics.summary import summarise
+from torchft.train.lock import is_held
 
 MAX_WARNINGS = 200  # the last so many are shown
 MAX_SAMPLES = 20
@@ -53,11 +54,12 @@ class RunRecord:
 
     @property
     def state(self) -> str:
-        """In words: finished, stopped (asked to), running, killed (its lock is left) or failed, and at which step."""
+        """In words: finished, stopped (asked to), running, killed (its lock is left, its process gone) or failed, and at which step."""
         at = f"step {self.summary['steps']}" + (f" of {self.facts['num_steps']}" if "num_steps" in self.facts else "")
         if "outcome" in self.facts:
             return f"{self.facts['outcome']}, {at}"
-        return f"{'running or killed' if (self.folder / 'lock').exists() else 'failed'}, {at}"
+        lock = self.folder / "lock"
+        return f"{'running' if is_held(lock) else 'killed' if lock.exists() else 'failed'}, {at}"
 
     def checkpoints(self, how: str = "full") -> list[Saved]:
         """The checkpoints, oldest first, verified: every file hashed, or with "quick" their sizes compared."""

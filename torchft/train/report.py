@@ -46,7 +46,7 @@ def _parts(run: RunRecord, verify: str) -> Iterator[str]:
     yield section("Checkpoints", _checkpoints(run, verify), note=_verify_note(verify))
     yield section("Samples", "".join(table((title,), []) + verbatim(text) for title, text in run.samples()))
     yield section("Warnings", "".join(verbatim(text) for text in run.warnings) or "<p>none in logs/</p>")
-    yield section("Events", _events(run), note="the last 200" if len(run.events) > MAX_EVENTS else "")
+    yield section("Events", _events(run) or "<p>none</p>", note="the last 200" if len(run.events) > MAX_EVENTS else "")
 
 
 def _numbers(run: RunRecord) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchft.checkpoint.hf import load_hf
+from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.store import Store
 from torchft.dtypes import DTYPES
@@ -52,7 +53,7 @@ log = get_logger(__name__)
 
 @dataclass
 class ModelConfig:
-    path: str | None = None  # HF folder: config.json and safetensors (scripts/convert_checkpoint.py makes one)
+    path: str | None = None  # HF folder (config.json and safetensors; `torchft convert` makes one), or a hub id: org/name[@revision]
     family: str | None = None  # instead of path: a family, such as llama ...
     size: str | None = None  # ... and one of its named sizes ...
     spec: CustomSpec = field(default_factory=CustomSpec)  # ... or, or with, numbers of your own
@@ -121,6 +122,7 @@ class ValidateConfig:
 def build_job(cfg, run: Run) -> Job:
     """cfg: a recipe's config. Raises ConfigError, DataError or CheckpointError; a rank that fails alone is ended by the launcher."""
     mesh, world = run.mesh, run.world
+    use_local_copies(cfg)
     spec = read_config(cfg.model.path)[0] if cfg.model.path else custom_spec(cfg.model.family, cfg.model.size, cfg.model.spec)
     _raise_if_any(check_job(cfg, spec, mesh))
     text = build_text(cfg.tokenizer, cfg.model.path)
@@ -204,6 +206,13 @@ def _load_states(state: dict[str, Any], early_stop: EarlyStop, scaler: LossScale
 def _raise_if_any(problems: Iterable[Problem]) -> None:
     if found := list(problems):
         raise ConfigError(found)
+
+
+def use_local_copies(cfg) -> None:
+    """Hub ids in model.path and tokenizer.path become the folders of their copies here; config.yaml, already saved, keeps the ids."""
+    for section in (cfg.model, cfg.tokenizer):
+        if section.path:
+            section.path = str(local_folder(section.path))
 
 
 def check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
