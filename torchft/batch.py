@@ -26,6 +26,14 @@ class SampleId(NamedTuple):
     index: int
 
 
+class NoiseKey(NamedTuple):
+    """What the noise on a training batch's embeddings hangs on, beside the samples' ids (parallel/noise.py)."""
+
+    alpha: float
+    seed: int
+    step: int
+
+
 @dataclass(frozen=True)
 class Layout:
     """Who may attend whom, as a description: same document, index_kv <= index_q and, with a window, index_q - index_kv < window.
@@ -65,6 +73,8 @@ class Batch:
     num_tokens: int  # tokens that are not padding
     plain_causal: bool  # one document a row (padding belongs to it): the mask is the causal triangle
     ids: tuple[SampleId, ...] = ()
+    pieces: tuple[tuple[tuple[int, int], ...], ...] = ()  # by row, of each sample in it: where it begins in the sample, how many tokens
+    noise: NoiseKey | None = None  # NEFTune; None: no noise
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies overlap with compute when the source is pinned."""

@@ -90,6 +90,16 @@ def _attempt_store(rank: int, size: int, timeout_s: float) -> dist.Store:
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
+def set_deterministic(on: bool) -> None:
+    """Only algorithms that give the same bits every time, or any. Before the first CUDA matrix product: cuBLAS reads its workspace
+    setting then. Without the fill of fresh memory that torch adds to find reads of unset values, and which costs time."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = False
+
+
 def rank() -> int:
     """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

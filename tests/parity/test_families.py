@@ -50,13 +50,15 @@ def ours(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return model
 
 
-def run(model: Decoder, tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+def run(
+    model: Decoder, tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None, noise: Tensor | None = None
+) -> Tensor:
     b, t = tokens.shape
     index = torch.arange(t, dtype=torch.int32)
     plain = documents is None
     documents = torch.zeros(b, t, dtype=torch.int32) if plain else documents
     positions = index.expand(b, t) if positions is None else positions
-    return model(tokens, layout=Layout(documents, documents, index, index, plain_causal=plain), positions=positions)
+    return model(tokens, layout=Layout(documents, documents, index, index, plain_causal=plain), positions=positions, noise=noise)
 
 
 def in_their_words(model: Decoder) -> dict[str, Tensor]:
@@ -64,6 +66,17 @@ def in_their_words(model: Decoder) -> dict[str, Tensor]:
     rules, named = build.FAMILIES[model.spec.family].KEYS, dict(model.named_parameters())
     stored = [stored_as(rules, name) for name in named]
     return dict(join(stored, list(named), [p.grad for p in named.values()]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_noise_is_added_where_transformers_adds_it(tmp_path, name):
+    """The same noise on the output of transformers' embedding module, where its NEFTune hook acts: the same logits."""
+    theirs, model = hf_model(tmp_path, name), ours(tmp_path)
+    tokens, noise = torch.randint(0, 96, (2, T)), torch.randn(2, T, 64)
+    quiet = run(model, tokens)
+    theirs.get_input_embeddings().register_forward_hook(lambda module, args, output: output + noise)
+    expected, got = theirs(tokens).logits, run(model, tokens, noise=noise)
+    assert relative_error(got, expected) <= 1e-5 and relative_error(quiet, expected) > 1e-2
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -19,9 +19,12 @@ VERBS = {
     "cat": ("torchft.cli.cat", "print a recipe or a config"),
     "cp": ("torchft.cli.cp", "copy a recipe or a config, to change it"),
     "diff": ("torchft.cli.diff", "the keys in which two configs or run folders differ"),
+    "report": ("torchft.cli.report", "write a run's report.html: curves, config, data, checkpoints, warnings"),
+    "compare": ("torchft.cli.compare", "several runs side by side: final numbers, differing settings, curves"),
     "chat": ("torchft.cli.chat", "talk to a model in the terminal"),
     "generate": ("torchft.cli.generate", "continue the prompts of a file"),
     "convert": ("torchft.cli.convert", "write a model as a complete HF folder"),
+    "export": ("torchft.cli.export", "a step of a run as a HF folder, or as GGUF with an Ollama Modelfile"),
     "doctor": ("torchft.cli.doctor", "check this installation: versions, devices, clashes, disk"),
     "completion": ("torchft.cli.completion", "print completion for a shell: bash or zsh"),
 }

@@ -113,7 +113,7 @@ class TokenCache:
         here = slice(start + lo, start + hi)
         after = start + hi
         follower = (int(self.ids[after]), float(self.weights[after])) if after < end else None
-        return Encoded(np.array(self.ids[here]), self.weights[here].astype(np.float32), follower)
+        return Encoded(np.array(self.ids[here]), self.weights[here].astype(np.float32), follower, lo)
 
     def summary(self) -> str:
         """One line: what is in it, and what was left out."""

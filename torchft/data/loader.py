@@ -37,6 +37,7 @@ class DataConfig:
     validation: dict[str, SourceConfig] = field(default_factory=dict)  # validation sources by name
     seq_len: int = 2048  # tokens in a row; longer samples are handled by `truncation`
     packing: bool = True  # several samples share a row, without seeing each other; false: one sample a row, padded
+    group_by_length: bool = False  # without packing: each window's samples longest first, so that steps are less padded
     truncation: Truncation = "error"  # samples longer than seq_len: error | drop | left (keeps the end) | right (keeps the start)
     max_dropped_share: float = 0.5  # stop if a larger share of a source's samples is dropped
     shuffle: bool = True  # a new order in each epoch; false: the files' order
@@ -52,6 +53,8 @@ class DataConfig:
             yield Problem("data.seq_len", str(self.seq_len), "at least 2", "use the length of your samples in tokens")
         if not 0 <= self.max_dropped_share <= 1:
             yield Problem("data.max_dropped_share", str(self.max_dropped_share), "a share from 0 to 1", "use e.g. 0.5")
+        if self.group_by_length and self.packing:
+            yield Problem("data.group_by_length", "true", "data.packing=false: packs are full already", "set one of the two to false")
         if self.window < 1:
             yield Problem("data.window", str(self.window), "at least 1", "use 4096")
         if self.workers not in (0, 1):
@@ -77,7 +80,8 @@ def grad_accum(global_batch_size: int, *, micro_batch_size: int, dp_size: int) -
 class Loader:
     """This data rank's micro-batches, step after step, for as many epochs as asked for.
 
-    packing: several samples a row, or one ("cut": one after the other, cut where a row ends, see stream.py).
+    packing: several samples a row, or one ("cut": one after the other, cut where a row ends, see stream.py). group_by_length: the
+    longest of a window first.
     multiple_of: row lengths are multiples of it (the parallel layout's demand). prefetch: one thread makes the next step's batches
     meanwhile; it changes neither order nor state. pin_memory: for CUDA. Raises ConfigError if the sizes don't fit each other.
     """
@@ -93,6 +97,7 @@ class Loader:
         dp_size: int = 1,
         seed: int = 0,
         packing: Packing = True,
+        group_by_length: bool = False,
         shuffle: bool = True,
         window: int = 4096,
         pad_id: int = 0,
@@ -107,21 +112,30 @@ class Loader:
             expected = f"a multiple of {multiple_of} with packing, so that a row can be split by the parallel layout"
             raise ConfigError(Problem("data.seq_len", str(seq_len), expected, f"use {lower or upper} or {upper}"))
         plan = {"seq_len": seq_len, "shuffle": shuffle, "window": window, "seed": seed}
-        self.order = StreamOrder(caches, **plan) if packing == "cut" else Order(caches, packing=packing, **plan)
+        chats = {"packing": packing, "by_length": group_by_length}
+        self.order = StreamOrder(caches, **plan) if packing == "cut" else Order(caches, **chats, **plan)
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_id, self.multiple_of, self.pin_memory = pad_id, multiple_of, pin_memory
-        self.cursor = self.order.start()
+        self.cursor = self._before = self.order.start()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
         self._ahead: Future[tuple[list[Batch], Cursor]] | None = None
 
     def next_step(self) -> list[Batch]:
         """grad_accum micro-batches of (micro_batch_size, t); t is the same for all of them, on all ranks."""
-        ahead, self._ahead = self._ahead, None
+        ahead, self._ahead, self._before = self._ahead, None, self.cursor
         batches, self.cursor = ahead.result() if ahead else self._make(self.cursor)
         if self._pool:
             self._ahead = self._pool.submit(self._make, self.cursor)
         return batches
+
+    def repeat_step(self, micro_batch_size: int) -> list[Batch]:
+        """The step that next_step gave last, dealt anew in micro-batches of another size, which also holds from here on."""
+        if self._ahead:
+            self._ahead.result()  # it reads the sizes that change now
+        self.grad_accum = grad_accum(self.global_batch_size, micro_batch_size=micro_batch_size, dp_size=self.dp_size)
+        self.micro_batch_size, self.cursor, self._ahead = micro_batch_size, self._before, None
+        return self.next_step()
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Plans the whole epoch when first asked for (with packing: seconds per million samples)."""
@@ -234,7 +248,7 @@ def _round_up(size: int, multiple_of: int) -> int:
 def _difference(given: dict, saved: dict) -> str:
     """Which parts of the order differ, each as given / expected."""
     pairs = [("data version", given["version"], saved["version"]), ("data.seed", given["seed"], saved["seed"])]
-    pairs += [(f"data.{key}", value, saved["plan"].get(key)) for key, value in given["plan"].items()]
+    pairs += [(f"data.{key}", given["plan"].get(key), saved["plan"].get(key)) for key in given["plan"] | saved["plan"]]
     ours, theirs = given["sources"], saved["sources"]
     pairs.append(("number of sources", len(ours), len(theirs)))
     for mine, other in zip(ours, theirs, strict=False):

@@ -39,8 +39,10 @@ class Order:
 
     filler = np.empty(0, np.int64)  # a row without samples
 
-    def __init__(self, caches: Sequence[TokenCache], *, seq_len: int, packing: bool, shuffle: bool, window: int, seed: int):
-        self.caches, self.seed = tuple(caches), seed
+    def __init__(
+        self, caches: Sequence[TokenCache], *, seq_len: int, packing: bool, shuffle: bool, window: int, seed: int, by_length: bool = False
+    ):
+        self.caches, self.seed, self.by_length = tuple(caches), seed, by_length
         self.seq_len, self.packing, self.shuffle, self.window = seq_len, packing, shuffle, window
         self.starts = np.cumsum([0, *map(len, caches)])  # (sources + 1,): the first sample of each source, then the end
         self.num_samples = int(self.starts[-1])
@@ -83,6 +85,8 @@ class Order:
     def _plan(self, epoch: int, window: int) -> list[np.ndarray]:
         """The packs of one window as arrays of samples."""
         samples = self.samples(epoch, window)
+        if self.by_length:
+            samples = samples[np.argsort(-self.lengths(samples), kind="stable")]
         if not self.packing:
             return list(samples[:, None])
         return [samples[pack] for pack in plan_window(self.lengths(samples), self.seq_len)]
@@ -124,7 +128,8 @@ class Order:
 
     def settings(self) -> dict[str, int | bool | str]:
         """What the order depends on beside the seed and the sources."""
-        return {"seq_len": self.seq_len, "packing": self.packing, "shuffle": self.shuffle, "window": self.window}
+        by_length = {"group_by_length": True} if self.by_length else {}
+        return {"seq_len": self.seq_len, "packing": self.packing, "shuffle": self.shuffle, "window": self.window, **by_length}
 
     def hash(self) -> str:
         """Equal hash, equal order of equal samples."""

@@ -56,6 +56,7 @@ class TextDataConfig:
     workers: int = 1  # threads that prepare the next step's batches: 0 or 1
     cache: str = ".cache/tokens"  # folder of tokenised sources, seen by all processes
     packing: ClassVar = "cut"
+    group_by_length: ClassVar = False
 
     def check(self) -> Iterator[Problem]:
         if not self.train:

@@ -35,3 +35,4 @@ class Encoded:
     ids: np.ndarray  # (n,) int32
     weights: np.ndarray  # (n,) float32 >= 0
     follower: tuple[int, float] | None = None  # of a piece of a longer document: the id after it and its weight
+    start: int = 0  # of such a piece: where it begins in the document

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from omegaconf import OmegaConf
 
-from torchft.checkpoint.convert import open_source, recorded_base
 from torchft.checkpoint.folder import CheckpointFolder
 from torchft.checkpoint.hf import copy_weights
 from torchft.checkpoint.manifest import MANIFEST
+from torchft.checkpoint.source import open_source, recorded_base, run_config
 from torchft.data.templates import Template, build_template
 from torchft.dtypes import DTYPES
 from torchft.errors import CheckpointError
@@ -61,7 +60,7 @@ def open_model(
     recipes, "auto" being the model's own; None: no template (raw text). Raises ConfigError, CheckpointError or DataError.
     """
     found = find_model(Path(path))
-    source = open_source(found, None, None)  # quick: the weights are read below
+    source = open_source(found)  # quick: the weights are read below
     device = torch.device(device)
     dtype = DTYPES["bf16" if device.type == "cuda" else "fp32"] if precision == "auto" else DTYPES[precision]
     decoder = build_decoder(source.spec, device=device, dtype=dtype)
@@ -108,5 +107,5 @@ def _tokenizer_folder(found: Path) -> Path:
 
 def _of_run(checkpoint: Path, key: str) -> str | None:
     """A key of the config of the run that a checkpoint is of."""
-    config = checkpoint.resolve().parent.parent / "config.yaml"
-    return OmegaConf.select(OmegaConf.load(config), key) if config.is_file() else None
+    section, _, name = key.partition(".")
+    return (run_config(checkpoint).get(section) or {}).get(name)

@@ -56,13 +56,14 @@ class Decoder(nn.Module):
         reduce: Callable[[Tensor, Heads], Any] | None = None,
         cache: KVCache | None = None,
         scale: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Any:
         """x: tokens (b, t) on the first stage, hidden (b, t, d) on later ones; positions (b, t).
 
         Gives hidden (b, t, d) before the last stage; on the last `reduce(hidden, heads)`, or the logits (b, t, v) without `reduce`.
-        scale: the step's loss scale / count, for losses that arise inside layers.
+        scale: the step's loss scale / count, for losses that arise inside layers. noise (b, t, d): added to `embed_tokens`' output.
         """
-        h = self._embed(x, positions) if self.first else x
+        h = self._embed(x, positions, noise) if self.first else x
         tables = {name: rope.table(positions, h.dtype, layout.doc_q) for name, rope in self.ropes.items()}
         prepared = self._prepare(layout)
         for index, block in self.layers.items():
@@ -79,9 +80,11 @@ class Decoder(nn.Module):
         assert heads["lm"].vocab is None, "whole logits don't exist under tensor parallelism: pass `reduce`"
         return heads["lm"].logits(hidden)
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, positions: Tensor, noise: Tensor | None) -> Tensor:
         """(b, t) -> (b, t, d)."""
         h = self.embed_tokens(tokens)
+        if noise is not None:
+            h = h + noise.to(h.dtype)
         return h + self.embed_positions(positions) if self.spec.learned_positions else h
 
     def _prepare(self, layout: Layout) -> dict[int | None, Any]:

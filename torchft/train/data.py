@@ -4,10 +4,12 @@ Chats (SourceConfig, with a template) and documents (TextConfig, without one) di
 after that.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
@@ -16,6 +18,7 @@ from torchft.data.sources import SourceConfig, open_records
 from torchft.data.templates import Template, build_template
 from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
 from torchft.data.tokenize import encode_record, truncate
+from torchft.data.types import Message
 from torchft.dist import World
 from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
@@ -74,9 +77,35 @@ def check_vocabulary(spec: ModelSpec, text: Text) -> Iterator[Problem]:
         yield Problem("model.spec.vocab_size", str(spec.vocab_size), f"at least the tokenizer's {size} tokens", fix)
 
 
+def encode_prompts(prompts: Sequence[str], text: Text) -> list[list[int]]:
+    """Token ids to continue: a user's message where there is a chat template, else the text as it stands."""
+    if text.template is not None:
+        return [text.template.prompt([Message("user", prompt)]) for prompt in prompts]
+    tokenizer = text.tokenizer
+    return [[tokenizer.bos_id] * tokenizer.adds_bos + tokenizer.encode(prompt) for prompt in prompts]
+
+
+def check_prompts(prompts: Sequence[str], spec: ModelSpec, text: Text) -> Iterator[Problem]:
+    """Prompts that leave the model nothing to continue, or no room to."""
+    for i, ids in enumerate(encode_prompts(prompts, text)):
+        if not 0 < len(ids) < spec.max_seq_len:
+            expected = f"1 to {spec.max_seq_len - 1} tokens"
+            yield Problem(f"validate.prompts.{i}", f"{len(ids)} tokens", expected, "give a text that the model has room to continue")
+
+
 def build_caches(sources: Iterable[Source], text: Text, cfg: DataConfig | TextDataConfig, world: World) -> list[TokenCache]:
     """The tokenised sources, made by all ranks together where they don't exist yet."""
     return [_build_cache(source, text, cfg, world) for source in sources]
+
+
+def data_facts(train: list[TokenCache], validation: Mapping[str, TokenCache]) -> list[dict[str, Any]]:
+    """What the sources hold, as JSON values: counts, and the lengths of the kept samples (shortest, median, 95%, longest)."""
+    named = [("train", cache.name, cache) for cache in train] + [("validation", name, cache) for name, cache in validation.items()]
+    return [{"use": use, "name": name, **asdict(cache.counts), "lengths": _lengths(cache)} for use, name, cache in named]
+
+
+def _lengths(cache: TokenCache) -> list[int]:
+    return np.percentile(np.diff(cache.offsets), (0, 50, 95, 100)).astype(int).tolist()
 
 
 def build_loader(
@@ -92,6 +121,7 @@ def build_loader(
         dp_size=rows.mesh.dp_size,
         seed=seed if cfg.seed is None else cfg.seed,
         packing=cfg.packing,
+        group_by_length=cfg.group_by_length,
         shuffle=cfg.shuffle,
         window=cfg.window,
         pad_id=text.tokenizer.pad_id,

@@ -1,0 +1,87 @@
+"""An Ollama Modelfile for an exported GGUF: `modelfile(name, template)`, only if Ollama's prompt would be ours, character by character.
+
+    Jinja chat template --probe chats--> chatml | llama3, with or without a default system message --> TEMPLATE in Go's text/template
+
+Ollama renders prompts with Go templates, so the model's Jinja can't travel. What is written here was compared on probe chats with what
+the Jinja gives; any difference is a DataError. Contents are taken as they are: a Jinja that trims white space around them shows no
+difference on the probes.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torchft.data.templates import Template
+from torchft.data.types import Message
+from torchft.errors import DataError
+from torchft.tokenizers.protocol import Tokenizer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A family of templates: header with the role, content, end of turn; the prompt ends with the assistant's header."""
+
+    before: str
+    after: str
+    end: str  # of a turn: what Ollama stops at
+    newline: str  # between turns
+
+    def header(self, role: str) -> str:
+        return self.before + role + self.after
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        turns = (f"{self.header(m.role)}{m.content}{self.end}{self.newline}" for m in messages)
+        return "".join(turns) + self.header("assistant")
+
+    def go(self, start: str) -> str:
+        """The same in Go's text/template."""
+        turn = f"{self.header('{{ .Role }}')}{{{{ .Content }}}}{self.end}{self.newline}"
+        return f"{start}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{self.header('assistant')}"
+
+
+SHAPES = {
+    "chatml": Shape("<|im_start|>", "\n", "<|im_end|>", "\n"),
+    "llama3": Shape("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", ""),
+}
+USER, REPLY, SYSTEM = Message("user", "Question {{ x }}?"), Message("assistant", "Answer."), Message("system", "Be brief.")
+PROBES = ([USER], [SYSTEM, USER], [USER, REPLY, USER], [SYSTEM, USER, REPLY, USER])
+
+
+def modelfile(gguf_name: str, template: Template, tokenizer: Tokenizer) -> str:
+    """The Modelfile's text. Raises DataError if no Go template is known that gives the same prompts."""
+    shape, start, system = _match(template, tokenizer)
+    lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{shape.go(start)}"""']
+    lines += [f'SYSTEM """{system}"""'] if system else []
+    return "\n".join([*lines, f'PARAMETER stop "{shape.end}"', ""])
+
+
+def _match(template: Template, tokenizer: Tokenizer) -> tuple[Shape, str, str]:
+    """The shape, what stands before the first turn, and the default system message ("": none)."""
+    bos = tokenizer.named_tokens.get("bos_token", "")
+    try:
+        prompts = [template.render(chat, add_generation_prompt=True) for chat in PROBES]
+    except DataError as error:
+        raise _refusal(template, f"it refuses a probe chat: {str(error).splitlines()[0]}") from None
+    for shape in SHAPES.values():
+        start = bos if bos and prompts[1].startswith(bos) and not shape.before.startswith(bos) else ""
+        rest = [prompt.removeprefix(start) for prompt in prompts]
+        system = _default_system(shape, rest[0])
+        wanted = [shape.prompt([Message("system", system), *chat] if system and chat[0].role != "system" else chat) for chat in PROBES]
+        if rest != wanted or '"""' in system:
+            continue
+        if tokenizer.adds_bos and not start:
+            raise _refusal(template, "the tokenizer puts BOS before every text, but the template has none: llama.cpp would add one")
+        return shape, "" if tokenizer.adds_bos else start, system
+    raise _refusal(template, "its prompts are none of " + ", ".join(SHAPES))
+
+
+def _default_system(shape: Shape, prompt: str) -> str:
+    """What the template says as system where the chat says nothing."""
+    lead = prompt.removesuffix(shape.prompt([USER]))
+    found = re.fullmatch(f"{re.escape(shape.header('system'))}(.*){re.escape(shape.end + shape.newline)}", lead, re.DOTALL)
+    return found[1] if found else ""
+
+
+def _refusal(template: Template, why: str) -> DataError:
+    fix = "use the GGUF with a tool that renders the Jinja template in it (llama.cpp --jinja), or write a TEMPLATE by hand"
+    return DataError(f"no Ollama Modelfile for the chat template {template.name!r}\n  given:    {why}\n  fix:      {fix}")
