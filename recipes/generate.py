@@ -21,7 +21,6 @@ from torchft.generate.generate import Completion, generate
 from torchft.generate.model import LanguageModel, Precision, find_model, open_model
 from torchft.generate.output import SampleFile
 from torchft.generate.sampling import SamplingConfig
-from torchft.train.data import TokenizerConfig
 from torchft.train.run import run_recipe
 
 logger = log.get_logger(__name__)
@@ -30,6 +29,12 @@ logger = log.get_logger(__name__)
 @dataclass
 class ModelConfig:
     path: str  # a HF folder, a run folder (its export or newest checkpoint) or a checkpoint
+
+
+@dataclass
+class TokenizerConfig:
+    path: str | None = None  # folder with a tokenizer, or its file; null: the model's own
+    template: str = "auto"  # chat template: auto (the model's own) or chatml
 
 
 @dataclass

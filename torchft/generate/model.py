@@ -17,7 +17,7 @@ import torch
 from torchft.checkpoint.folder import CheckpointFolder
 from torchft.checkpoint.hf import copy_weights
 from torchft.checkpoint.manifest import MANIFEST
-from torchft.checkpoint.source import open_source, recorded_base, run_config
+from torchft.checkpoint.source import open_source, recorded_base, run_config, run_tokenizer
 from torchft.data.templates import Template, build_template
 from torchft.dtypes import DTYPES
 from torchft.errors import CheckpointError
@@ -66,7 +66,7 @@ def open_model(
     decoder = build_decoder(source.spec, device=device, dtype=dtype)
     report = copy_weights(decoder.named_parameters(), source.tensors)
     log.info("%s: %d tensors in %s on %s", found, report.num_tensors, str(dtype).removeprefix("torch."), device)
-    text = load_tokenizer(tokenizer or _tokenizer_folder(found))
+    text = load_tokenizer(tokenizer) if tokenizer else _own_tokenizer(found)
     if template == "auto" and is_checkpoint(found):
         template = _of_run(found, "tokenizer.template") or "auto"
     return LanguageModel(found, decoder.eval(), text, None if template is None else build_template(template, text))
@@ -99,10 +99,11 @@ def _step_and_try(path: Path) -> tuple[int, int]:
     return int(re.sub(r"\D", "", step) or 0), int(re.sub(r"\D", "", again) or 1)
 
 
-def _tokenizer_folder(found: Path) -> Path:
+def _own_tokenizer(found: Path) -> Tokenizer:
     if not is_checkpoint(found):
-        return found
-    return Path(_of_run(found, "tokenizer.path") or recorded_base(found, {}))
+        return load_tokenizer(found)
+    folder = Path(_of_run(found, "tokenizer.path") or recorded_base(found, {}))
+    return run_tokenizer(run_config(found), folder)
 
 
 def _of_run(checkpoint: Path, key: str) -> str | None:

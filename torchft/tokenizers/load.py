@@ -42,17 +42,21 @@ def _open(file: Path, settings: Settings) -> Tokenizer:
     return SentencePieceTokenizer(file, settings)
 
 
+def tokenizer_files_in(folder: Path) -> list[Path]:
+    """The files of the first format that the folder holds; usually one."""
+    return next((found for pattern in PATTERNS if (found := sorted(folder.glob(pattern)))), [])
+
+
 def _find(folder: Path) -> Path:
     """The folder's tokenizer file."""
-    for pattern in PATTERNS:
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise DataError(
-                f"{folder}: {len(found)} tokenizers\n  given:    {', '.join(p.name for p in found[:8])}\n  expected: one\n"
-                "  fix:      point tokenizer.path at one of these files"
-            )
-        if found:
-            return found[0]
+    found = tokenizer_files_in(folder)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(
+            f"{folder}: {len(found)} tokenizers\n  given:    {', '.join(p.name for p in found[:8])}\n  expected: one\n"
+            "  fix:      point tokenizer.path at one of these files"
+        )
     given = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing" if folder.is_dir() else "no such folder"
     raise DataError(
         f"{folder}: no tokenizer here\n  given:    {given}\n  expected: tokenizer.json, or tokenizer.model (SentencePiece, Llama 3), "

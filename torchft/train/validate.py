@@ -20,13 +20,15 @@ from torchft.data.sources import SourceConfig, first_records
 from torchft.data.tokenize import encode_record, truncate
 from torchft.errors import ConfigError, Problem, TorchftError
 from torchft.generate.model import find_model, is_checkpoint
-from torchft.models.build import read_config, spec_of_size
+from torchft.models.build import read_config
 from torchft.models.spec import ModelSpec
+from torchft.models.vocabulary import resize_spec
 from torchft.optim.build import check_rules
 from torchft.optim.schedules import build_schedule
 from torchft.parallel.mesh import Mesh, resolve_degrees
 from torchft.train.checks import check_job
-from torchft.train.data import Text, build_text
+from torchft.train.data import Text, TokenizerConfig, build_text, check_vocabulary
+from torchft.train.setup import read_spec
 
 T = TypeVar("T")
 RECORDS = 8  # of each data file
@@ -69,14 +71,15 @@ class _Findings:
 
 def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     model = cfg.model
-    spec = found.attempt(lambda: read_config(model.path)[0] if model.path else spec_of_size(model.family, model.size))
+    base = found.attempt(lambda: read_spec(model))
+    spec = None if base is None else found.attempt(lambda: resize_spec(base, model.vocab))
     degrees = found.attempt(lambda: resolve_degrees(cfg.parallel, num_processes))
     if spec is not None and degrees is not None:
         found.add(check_job(cfg, spec, Mesh(degrees, torch.device("cpu"))))
     if spec is not None:
         found.add(check_rules(weight_shapes(spec), cfg.optim))
     if spec is not None and model.init == "weights" and not cfg.checkpoint.load:
-        found.attempt(lambda: open_weights(model.path, spec))
+        found.attempt(lambda: open_weights(model.path, base))
     if cfg.train.steps is not None:
         found.attempt(lambda: build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps))
     found.add(_check_output(Path(cfg.output_dir)))
@@ -84,7 +87,8 @@ def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     if text is None:
         return
     if spec is not None:
-        found.add(_check_vocabulary(text, spec))
+        problems = list(check_vocabulary(spec, text, cfg.tokenizer))
+        found.add(iter(problems or _check_vocabulary(text, spec)))
     for source in [*cfg.data.train, *cfg.data.validation.values()]:
         found.problems += _bad_records(source, text, cfg.data)
 
@@ -97,9 +101,9 @@ def _check_output(folder: Path) -> Iterator[Problem]:
 
 def _check_vocabulary(text: Text, spec: ModelSpec) -> Iterator[Problem]:
     size = text.tokenizer.vocab_size
-    if size > spec.vocab_size:
+    if size > spec.num_tokens:
         fix = "take the tokenizer that belongs to the model"
-        yield Problem("tokenizer.path", f"a tokenizer of {size} ids", f"at most the model's {spec.vocab_size}", fix)
+        yield Problem("tokenizer.path", f"a tokenizer of {size} ids", f"at most the model's {spec.num_tokens}", fix)
 
 
 def _bad_records(source: SourceConfig, text: Text, cfg) -> list[str]:
@@ -127,5 +131,6 @@ def _check_generation(cfg, num_processes: int, found: _Findings) -> None:
         if spec is not None:
             found.attempt(lambda: open_weights(path, spec))
             if not cfg.prompts.raw:
-                found.attempt(lambda: build_text(cfg.tokenizer, str(path)))
+                chosen = TokenizerConfig(path=cfg.tokenizer.path, template=cfg.tokenizer.template)
+                found.attempt(lambda: build_text(chosen, str(path)))
     found.attempt(lambda: read_prompts(cfg.prompts))
