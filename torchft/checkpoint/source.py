@@ -92,7 +92,7 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
 
 
 def run_config(checkpoint: Path) -> dict[str, Any]:
-    """`model`, `tokenizer` and `seed` of a checkpoint's run, by its config.yaml; empty if the checkpoint stands alone. Raises CheckpointError."""
+    """`model`, `tokenizer` and `seed` of a checkpoint's run, by its config.yaml; empty if it stands alone. Raises CheckpointError."""
     path = checkpoint.resolve().parent.parent / "config.yaml"
     saved = OmegaConf.create(read_saved(path))
     sections = {key: saved.get(key) for key in ("model", "tokenizer") if key in saved}
