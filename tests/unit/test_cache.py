@@ -54,7 +54,7 @@ def test_content_comes_back(tmp_path):
     records = ListRecords([{"n": 4, "first": 10}, {"n": 99}, {"n": 1}, {"n": 7, "first": 50}])
     cache, lines = build(tmp_path, records)
     assert len(cache) == 2 and cache.indices.tolist() == [0, 3] and cache.lengths(np.array([1, 0])).tolist() == [7, 4]
-    sample, expected = cache.sample(1), make_encoded(7, 50)
+    (sample,), expected = cache.unit(1), make_encoded(7, 50)
     assert np.array_equal(sample.ids, expected.ids) and np.array_equal(sample.weights, expected.weights)
     assert sample.ids.dtype == np.int32 and sample.weights.dtype == np.float32 and cache.weights.dtype == np.uint8
     c = cache.counts
@@ -67,7 +67,7 @@ def test_content_comes_back(tmp_path):
 def test_fractional_weights_are_kept(tmp_path):
     """Weights other than 0 and 1 are stored as float32."""
     cache, _ = build(tmp_path, ListRecords([{"n": 3}]), encode=lambda r, w: Encoded(np.arange(3), np.array([0, 0.25, 1.5])))
-    assert cache.weights.dtype == np.float32 and cache.sample(0).weights.tolist() == [0, 0.25, 1.5]
+    assert cache.weights.dtype == np.float32 and cache.unit(0)[0].weights.tolist() == [0, 0.25, 1.5]
 
 
 def test_same_bytes_for_any_number_of_builders(tmp_path):
@@ -102,6 +102,18 @@ def test_only_the_first_weight_trains_nothing(tmp_path):
     """A document's first token is never predicted: a sample with weight there alone is dropped, not trained on nothing."""
     with pytest.raises(DataError, match="1 without trained tokens"):
         build(tmp_path, ListRecords([{"n": 3}]), encode=lambda r, w: Encoded(np.arange(3), np.array([1.0, 0, 0])))
+
+
+def test_units_stay_together(tmp_path):
+    """A unit of two sequences is one sample: both come back, its length is their sum, and if one has to go, both go."""
+
+    def pair(record: dict, where: str) -> tuple[Encoded, ...]:
+        return make_encoded(record["n"], 10), make_encoded(record["n"] + 1, 50)
+
+    cache, _ = build(tmp_path, ListRecords([{"n": 4}, {"n": 16}, {"n": 6}]), encode=pair, world_size=1)
+    assert len(cache) == 2 and cache.indices.tolist() == [0, 2] and cache.lengths(np.arange(2)).tolist() == [9, 13]
+    assert [sequence.ids.tolist() for sequence in cache.unit(1)] == [[*range(10, 16)], [*range(50, 57)]]
+    assert (cache.counts.kept, cache.counts.too_long, cache.counts.tokens) == (2, 1, 22)
 
 
 def test_everything_dropped_says_why(tmp_path):

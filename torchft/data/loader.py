@@ -10,17 +10,19 @@ number of micro-batches, all of the same length.
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from torchft.batch import Batch
 from torchft.data.cache import TokenCache
+from torchft.data.checks import check_data
 from torchft.data.collate import collate
+from torchft.data.mixture import Mixture, MixtureConfig
 from torchft.data.order import VERSION, Cursor, Order
+from torchft.data.prefetch import Prefetch
 from torchft.data.sources import SourceConfig
 from torchft.data.stream import StreamOrder
 from torchft.data.tokenize import Truncation
@@ -33,29 +35,29 @@ Packing = bool | Literal["cut"]
 class DataConfig:
     """Section `data`: what is trained and validated on, and in which order."""
 
-    train: list[SourceConfig] = field(default_factory=list)  # training sources, one after the other
+    train: list[SourceConfig] = field(default_factory=list)  # training sources, put together by `mixture`
     validation: dict[str, SourceConfig] = field(default_factory=dict)  # validation sources by name
+    validation_size: float = 0  # held out from each training source: below 1 a share of it, else a number of samples
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)  # what an epoch takes of each training source
     seq_len: int = 2048  # tokens in a row; longer samples are handled by `truncation`
     packing: bool = True  # several samples share a row, without seeing each other; false: one sample a row, padded
+    length_grouping: bool = False  # without packing: the rows of a step are of like length, so less is padded
     truncation: Truncation = "error"  # samples longer than seq_len: error | drop | left (keeps the end) | right (keeps the start)
     max_dropped_share: float = 0.5  # stop if a larger share of a source's samples is dropped
     shuffle: bool = True  # a new order in each epoch; false: the files' order
     window: int = 4096  # samples from which packs are made at once
     seed: int | None = None  # of the order; null: the run's seed
-    workers: int = 1  # threads that prepare the next step's batches: 0 or 1
+    workers: int = 1  # threads that prepare batches ahead; 0: none
+    prefetch: int = 2  # steps prepared ahead
     cache: str = ".cache/tokens"  # folder of tokenised sources, seen by all processes
 
     def check(self) -> Iterator[Problem]:
-        if not self.train:
-            yield Problem("data.train", "no source", "at least one source", "add one, e.g. data.train=[{path: train.jsonl}]")
-        if self.seq_len < 2:
-            yield Problem("data.seq_len", str(self.seq_len), "at least 2", "use the length of your samples in tokens")
+        yield from check_data(self)
         if not 0 <= self.max_dropped_share <= 1:
             yield Problem("data.max_dropped_share", str(self.max_dropped_share), "a share from 0 to 1", "use e.g. 0.5")
-        if self.window < 1:
-            yield Problem("data.window", str(self.window), "at least 1", "use 4096")
-        if self.workers not in (0, 1):
-            yield Problem("data.workers", str(self.workers), "0 or 1", "use 1")
+        if self.length_grouping and self.packing:
+            fix = "leave data.length_grouping out, or set data.packing=false"
+            yield Problem("data.length_grouping", "true with data.packing=true", "rows without packing: packs are full anyway", fix)
 
 
 def grad_accum(global_batch_size: int, *, micro_batch_size: int, dp_size: int) -> int:
@@ -78,8 +80,9 @@ class Loader:
     """This data rank's micro-batches, step after step, for as many epochs as asked for.
 
     packing: several samples a row, or one ("cut": one after the other, cut where a row ends, see stream.py).
-    multiple_of: row lengths are multiples of it (the parallel layout's demand). prefetch: one thread makes the next step's batches
-    meanwhile; it changes neither order nor state. pin_memory: for CUDA. Raises ConfigError if the sizes don't fit each other.
+    mixture: what an epoch takes of each source; None: all. length_grouping: without packing, the rows of a step are of like length.
+    multiple_of: row lengths are multiples of it (the parallel layout's demand). workers: threads that make batches `prefetch` steps
+    ahead; they change neither order nor state. pin_memory: for CUDA. Raises ConfigError if the sizes don't fit each other.
     """
 
     def __init__(
@@ -95,32 +98,42 @@ class Loader:
         packing: Packing = True,
         shuffle: bool = True,
         window: int = 4096,
+        mixture: Mixture | None = None,
+        length_grouping: bool = False,
         pad_id: int = 0,
         multiple_of: int = 1,
-        prefetch: bool = False,
+        workers: int = 0,
+        prefetch: int = 1,
         pin_memory: bool = False,
     ):
         assert caches and all(len(cache) and cache.key.seq_len <= seq_len for cache in caches), "build the caches for this seq_len"
+        assert len({cache.size for cache in caches}) == 1, "pairs and single samples in one loader"
         self.grad_accum = grad_accum(global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size)
         if packing and seq_len % multiple_of:
             lower, upper = seq_len // multiple_of * multiple_of, _round_up(seq_len, multiple_of)
             expected = f"a multiple of {multiple_of} with packing, so that a row can be split by the parallel layout"
             raise ConfigError(Problem("data.seq_len", str(seq_len), expected, f"use {lower or upper} or {upper}"))
-        plan = {"seq_len": seq_len, "shuffle": shuffle, "window": window, "seed": seed}
-        self.order = StreamOrder(caches, **plan) if packing == "cut" else Order(caches, packing=packing, **plan)
+        plan: dict[str, Any] = {"seq_len": seq_len, "shuffle": shuffle, "window": window, "seed": seed, "mixture": mixture}
+        if packing == "cut":
+            self.order: Order = StreamOrder(caches, **plan)
+        else:
+            self.order = Order(caches, packing=packing, group=global_batch_size if length_grouping else None, **plan)
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_id, self.multiple_of, self.pin_memory = pad_id, multiple_of, pin_memory
+        self.workers, self.prefetch = workers, prefetch
         self.cursor = self.order.start()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
-        self._ahead: Future[tuple[list[Batch], Cursor]] | None = None
+        self._ahead: Prefetch | None = None
 
     def next_step(self) -> list[Batch]:
         """grad_accum micro-batches of (micro_batch_size, t); t is the same for all of them, on all ranks."""
-        ahead, self._ahead = self._ahead, None
-        batches, self.cursor = ahead.result() if ahead else self._make(self.cursor)
-        if self._pool:
-            self._ahead = self._pool.submit(self._make, self.cursor)
+        if not self.workers:
+            plan, after = self._plan(self.cursor)
+            batches = self._make(plan)
+        else:
+            self._ahead = self._ahead or Prefetch(self._plan, self._make, self.cursor, workers=self.workers, depth=self.prefetch)
+            batches, after = self._ahead.next()
+        self.cursor = after
         return batches
 
     def steps_per_epoch(self, epoch: int) -> int:
@@ -164,17 +177,22 @@ class Loader:
                 raise ValueError(f"{cursor} is outside of the data's order")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's loader state can't be read: {error!r}; take another checkpoint") from error
+        self.close()
         self.cursor = cursor
-        self._ahead = None
 
     def close(self) -> None:
-        """Ends the prefetching thread."""
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
+        """Ends the threads; the next step begins anew from the cursor."""
+        ahead, self._ahead = self._ahead, None
+        if ahead:
+            ahead.close()
 
-    def _make(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
-        """A pure function of the cursor, so it may run ahead in a thread."""
+    def _plan(self, cursor: Cursor) -> tuple[tuple[list[np.ndarray], int], Cursor]:
+        """The packs of a step and their epoch: a pure function of the cursor, so it may run ahead in a thread; so may _make."""
         packs, after = self.order.take(cursor, self.global_batch_size)
+        return (packs, cursor.epoch), after
+
+    def _make(self, plan: tuple[list[np.ndarray], int]) -> list[Batch]:
+        packs, epoch = plan
         t = self.order.seq_len
         if not self.order.packing:
             t = _round_up(int(self.order.lengths(np.concatenate(packs)).max()), self.multiple_of)
@@ -182,12 +200,12 @@ class Loader:
         for m in range(self.grad_accum):
             first = (m * self.dp_size + self.dp_rank) * self.micro_batch_size
             mine = packs[first : first + self.micro_batch_size]
-            batches.append(self._collate(mine + [self.order.filler] * (self.micro_batch_size - len(mine)), cursor.epoch, t))
-        return batches, after
+            batches.append(self._collate(mine + [self.order.filler] * (self.micro_batch_size - len(mine)), epoch, t))
+        return batches
 
     def _collate(self, packs: list[np.ndarray], epoch: int, t: int) -> Batch:
         rows, ids = zip(*(self.order.read(pack, epoch) for pack in packs), strict=True)
-        batch = collate(rows, ids, t=t, pad_id=self.pad_id, epoch=epoch)
+        batch = collate(rows, ids, t=t, pad_id=self.pad_id, epoch=epoch, in_units=self.order.caches[0].size > 1)
         if not self.pin_memory:
             return batch
         tensors = {f.name: value.pin_memory() for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
@@ -234,7 +252,8 @@ def _round_up(size: int, multiple_of: int) -> int:
 def _difference(given: dict, saved: dict) -> str:
     """Which parts of the order differ, each as given / expected."""
     pairs = [("data version", given["version"], saved["version"]), ("data.seed", given["seed"], saved["seed"])]
-    pairs += [(f"data.{key}", value, saved["plan"].get(key)) for key, value in given["plan"].items()]
+    keys = [*given["plan"], *(key for key in saved["plan"] if key not in given["plan"])]
+    pairs += [(f"data.{key}", given["plan"].get(key), saved["plan"].get(key)) for key in keys]
     ours, theirs = given["sources"], saved["sources"]
     pairs.append(("number of sources", len(ours), len(theirs)))
     for mine, other in zip(ours, theirs, strict=False):

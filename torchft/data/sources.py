@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from torchft.data.formats import Format
+from torchft.data.mixture import Share
 from torchft.errors import DataError, Problem
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -27,7 +28,7 @@ Spans = list[tuple[int, int, int]]  # (first byte, end, line) of each record
 
 
 @dataclass
-class SourceConfig:
+class SourceConfig(Share):
     """One data set."""
 
     path: str = "???"  # a .json or .jsonl file, a folder of them, or a glob

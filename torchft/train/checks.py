@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from torchft.data.holdout import held_out_names
 from torchft.data.loader import grad_accum
 from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
@@ -54,9 +55,15 @@ def _check_batches(cfg, mesh: Mesh) -> Iterator[Problem]:
 
 
 def _check_validation(cfg) -> Iterator[Problem]:
-    if (cfg.validate.every_steps or cfg.validate.at_start) and not cfg.data.validation:
+    names = [*cfg.data.validation, *held_out_names(cfg.data)]
+    if (cfg.validate.every_steps or cfg.validate.at_start) and not names:
         key = "validate.every_steps" if cfg.validate.every_steps else "validate.at_start"
-        yield Problem(key, str(cfg.validate.every_steps or True), "a source in data.validation", "add data.validation.NAME.path")
-    keys = [f"val/{name}/loss" for name in cfg.data.validation]
+        yield Problem(
+            key,
+            str(cfg.validate.every_steps or True),
+            "a source in data.validation",
+            "add data.validation.NAME.path, or data.validation_size",
+        )
+    keys = [f"val/{name}/loss" for name in names]
     if cfg.checkpoint.best_by and cfg.checkpoint.best_by not in keys:
         yield Problem("checkpoint.best_by", cfg.checkpoint.best_by, f"one of {keys}", "name a validation source's loss")

@@ -5,13 +5,15 @@ after that.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
+from torchft.data.holdout import held_out_names, hold_out
 from torchft.data.loader import DataConfig, Loader, evaluation_steps
+from torchft.data.mixture import build_mixture
 from torchft.data.sources import SourceConfig, open_records
 from torchft.data.templates import Template, build_template
 from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
@@ -74,15 +76,31 @@ def check_vocabulary(spec: ModelSpec, text: Text) -> Iterator[Problem]:
         yield Problem("model.spec.vocab_size", str(spec.vocab_size), f"at least the tokenizer's {size} tokens", fix)
 
 
-def build_caches(sources: Iterable[Source], text: Text, cfg: DataConfig | TextDataConfig, world: World) -> list[TokenCache]:
-    """The tokenised sources, made by all ranks together where they don't exist yet."""
-    return [_build_cache(source, text, cfg, world) for source in sources]
+@dataclass(frozen=True)
+class Tokens:
+    """All tokenised data of a run."""
+
+    train: list[TokenCache]
+    validation: dict[str, TokenCache]  # by name, as in metrics: val/<name>/loss
+
+
+def build_tokens(cfg: DataConfig | TextDataConfig, text: Text, world: World) -> Tokens:
+    """The tokenised sources, made by all ranks together where they don't exist yet, and what is held out of them."""
+    train = [_build_cache(source, text, cfg, world) for source in cfg.train]
+    validation = {name: _build_cache(source, text, cfg, world) for name, source in cfg.validation.items()}
+    if cfg.validation_size:
+        pairs = [hold_out(cache, cfg.validation_size) for cache in train]
+        train = [rest for rest, _ in pairs]
+        held = dict(zip(held_out_names(cfg), (part for _, part in pairs), strict=True))
+        validation |= {name: replace(part, name=name) for name, part in held.items()}
+    return Tokens(train, validation)
 
 
 def build_loader(
     caches: list[TokenCache], cfg: DataConfig | TextDataConfig, rows: Rows, text: Text, *, global_batch_size: int, seed: int
 ) -> Loader:
     """The training loader of this data rank."""
+    sizes, tokens = [len(cache) for cache in caches], [cache.counts.tokens for cache in caches]
     return Loader(
         caches,
         seq_len=cfg.seq_len,
@@ -92,11 +110,14 @@ def build_loader(
         dp_size=rows.mesh.dp_size,
         seed=seed if cfg.seed is None else cfg.seed,
         packing=cfg.packing,
+        length_grouping=cfg.length_grouping,
         shuffle=cfg.shuffle,
         window=cfg.window,
+        mixture=build_mixture(cfg.train, cfg.mixture, sizes=sizes, tokens=tokens),
         pad_id=text.tokenizer.pad_id,
         multiple_of=rows.multiple_of,
-        prefetch=cfg.workers > 0,
+        workers=cfg.workers,
+        prefetch=cfg.prefetch,
         pin_memory=rows.mesh.device.type == "cuda",
     )
 

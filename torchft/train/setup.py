@@ -34,7 +34,7 @@ from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
 from torchft.train.checks import check_job
-from torchft.train.data import Rows, Text, build_caches, build_loader, build_text, check_vocabulary, validation_passes
+from torchft.train.data import Rows, Text, build_loader, build_text, build_tokens, check_vocabulary, validation_passes
 from torchft.train.run import Run
 from torchft.train.step import NonFinite, evaluate
 
@@ -128,10 +128,9 @@ def build_job(cfg, run: Run) -> Job:
     problems = list(check_vocabulary(spec, text))
     if problems:
         raise ConfigError(problems)
-    train = build_caches(cfg.data.train, text, cfg.data, world)
-    validation = dict(zip(cfg.data.validation, build_caches(cfg.data.validation.values(), text, cfg.data, world), strict=True))
+    tokens = build_tokens(cfg.data, text, world)
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
-    loader = build_loader(train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
+    loader = build_loader(tokens.train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps or loader.num_steps(cfg.train.epochs))  # raises if it does not fit
     parts = build_parts(cfg, spec, mesh)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
@@ -157,7 +156,7 @@ def build_job(cfg, run: Run) -> Job:
         _check_schedule(saved["schedule"], state["schedule"])
     schedule = build_schedule(cfg.schedule, cfg.optim.lr, num_steps)
     run.begin(spec, parts, num_steps=num_steps, seq_len=cfg.data.seq_len)
-    return Job(spec, text, parts, build_loss(cfg.loss), optimizer, schedule, loader, store, rows, cfg.data, validation, num_steps)
+    return Job(spec, text, parts, build_loss(cfg.loss), optimizer, schedule, loader, store, rows, cfg.data, tokens.validation, num_steps)
 
 
 def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
