@@ -136,6 +136,12 @@ class Loader:
         self.cursor = after
         return batches
 
+    def row_length(self, packs: list[np.ndarray]) -> int:
+        """Tokens in each row of a step of these packs, padding included."""
+        if self.order.packing:
+            return self.order.seq_len
+        return _round_up(int(self.order.lengths(np.concatenate(packs)).max()), self.multiple_of)
+
     def steps_per_epoch(self, epoch: int) -> int:
         """Plans the whole epoch when first asked for (with packing: seconds per million samples)."""
         return -(-self.order.num_rows(epoch) // self.global_batch_size)
@@ -193,10 +199,7 @@ class Loader:
 
     def _make(self, plan: tuple[list[np.ndarray], int]) -> list[Batch]:
         packs, epoch = plan
-        t = self.order.seq_len
-        if not self.order.packing:
-            t = _round_up(int(self.order.lengths(np.concatenate(packs)).max()), self.multiple_of)
-        batches = []
+        t, batches = self.row_length(packs), []
         for m in range(self.grad_accum):
             first = (m * self.dp_size + self.dp_rank) * self.micro_batch_size
             mine = packs[first : first + self.micro_batch_size]

@@ -131,15 +131,23 @@ class Order:
             pack += len(part)
             if pack == len(planned):
                 window, pack = window + 1, 0
+        return packs, self._behind(cursor, packs, window, pack)
+
+    def contents(self, packs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What stands in some rows: the source of each entry (k,), the samples that begin with it, 1 or 0 (k,), its tokens (k,)."""
         samples = np.concatenate(packs)
         source, _ = self.locate(samples)
-        new = np.bincount(source, minlength=len(self.caches))
-        new_tokens = np.bincount(source, weights=self.lengths(samples), minlength=len(self.caches))
-        after = replace(cursor, window=window, pack=pack, step=cursor.step + 1, taken=add_counts(cursor.taken, new))
-        after = replace(after, tokens=add_counts(cursor.tokens, new_tokens))
+        return source, np.ones_like(source), self.lengths(samples)
+
+    def _behind(self, cursor: Cursor, packs: Sequence[np.ndarray], window: int, pack: int) -> Cursor:
+        """The cursor behind these packs, the first of which it pointed to; the next is `pack` of `window`."""
+        source, begun, sizes = self.contents(packs)
+        taken, tokens = (np.bincount(source, weights=new, minlength=len(self.caches)) for new in (begun, sizes))
+        after = replace(cursor, window=window, pack=pack, step=cursor.step + 1, taken=add_counts(cursor.taken, taken))
+        after = replace(after, tokens=add_counts(cursor.tokens, tokens))
         if window == self.num_windows:
-            after = replace(after, epoch=cursor.epoch + 1, window=0, taken=(0,) * len(self.caches))
-        return packs, after
+            after = replace(after, epoch=cursor.epoch + 1, window=0, pack=0, taken=(0,) * len(self.caches))
+        return after
 
     def settings(self) -> dict[str, Any]:
         """What the order depends on beside the seed and the sources, as JSON; what is not asked for is left out."""

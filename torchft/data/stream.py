@@ -10,7 +10,6 @@ window, token in the window), so the rows are a pure function of the lengths and
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from torchft.batch import SampleId
 from torchft.data.cache import TokenCache
 from torchft.data.mixture import Mixture
-from torchft.data.order import Cursor, Order, add_counts
+from torchft.data.order import Cursor, Order
 from torchft.data.packing import cut
 from torchft.data.types import Encoded
 
@@ -82,15 +81,12 @@ class StreamOrder(Order):
         while len(rows) < count and window < self.num_windows:
             row, window, token = self._next_row(cursor.epoch, window, token)
             rows.append(row)
+        return rows, self._behind(cursor, rows, window, token)
+
+    def contents(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         pieces = np.concatenate(rows)
         source, _ = self.locate(pieces[:, 0])
-        begun = np.bincount(source[pieces[:, 1] == 0], minlength=len(self.caches))
-        tokens = np.bincount(source, weights=pieces[:, 2] - pieces[:, 1], minlength=len(self.caches))
-        after = replace(cursor, window=window, pack=token, step=cursor.step + 1, taken=add_counts(cursor.taken, begun))
-        after = replace(after, tokens=add_counts(cursor.tokens, tokens))
-        if window == self.num_windows:
-            after = replace(after, epoch=cursor.epoch + 1, window=0, pack=0, taken=(0,) * len(self.caches))
-        return rows, after
+        return source, (pieces[:, 1] == 0).astype(np.int64), pieces[:, 2] - pieces[:, 1]
 
     def settings(self) -> dict[str, int | bool | str]:
         return super().settings() | {"packing": "cut"}

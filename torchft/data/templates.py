@@ -85,6 +85,14 @@ class Template:
         pieces, _ = self._encode(messages, add_generation_prompt=True)
         return pieces.ids.tolist()
 
+    def roles(self, messages: Sequence[Message]) -> list[str]:
+        """Who wrote each token that `encode` gives: the role of a message, or `template`."""
+        pieces, _ = self._encode(messages, add_generation_prompt=False)
+        stretches = self._locator.locate(messages, frozenset(), add_generation_prompt=False).stretches
+        at = np.searchsorted([stretch.start for stretch in stretches], pieces.starts, side="right") - 1
+        owners = (stretches[i].message for i in at.tolist())
+        return ["template" if owner is None else messages[owner].role for owner in owners]
+
     def _encode(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[Pieces, np.ndarray]:
         """Tokens and weights (n,) float32."""
         trained = frozenset(i for i, m in enumerate(messages) if (m.role == "assistant" if m.train is None else m.train))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
+from torchft.data.formats import sample_from_record
 from torchft.data.holdout import held_out_names, hold_out
 from torchft.data.loader import DataConfig, Loader, evaluation_steps
 from torchft.data.mixture import build_mixture
@@ -86,8 +87,8 @@ class Tokens:
 
 def build_tokens(cfg: DataConfig | TextDataConfig, text: Text, world: World) -> Tokens:
     """The tokenised sources, made by all ranks together where they don't exist yet, and what is held out of them."""
-    train = [_build_cache(source, text, cfg, world) for source in cfg.train]
-    validation = {name: _build_cache(source, text, cfg, world) for name, source in cfg.validation.items()}
+    train = [build_source(source, text, cfg, rank=world.rank, world_size=world.size) for source in cfg.train]
+    validation = {name: build_source(source, text, cfg, rank=world.rank, world_size=world.size) for name, source in cfg.validation.items()}
     if cfg.validation_size:
         pairs = [hold_out(cache, cfg.validation_size) for cache in train]
         train = [rest for rest, _ in pairs]
@@ -144,13 +145,26 @@ def validation_passes(
     }
 
 
-def _build_cache(source: Source, text: Text, cfg: DataConfig | TextDataConfig, world: World) -> TokenCache:
-    plan = _documents(source, text) if isinstance(source, TextConfig) else _chats(source, text, cfg)
-    return build_cache(cfg.cache, **plan, rank=world.rank, world_size=world.size, report=log.info)
+def build_source(
+    source: Source, text: Text, cfg: DataConfig | TextDataConfig, *, rank: int, world_size: int, run: str | None = None
+) -> TokenCache:
+    """One tokenised source; run: a word shared by its builders, where they are no process group."""
+    return build_cache(cfg.cache, **source_plan(source, text, cfg), rank=rank, world_size=world_size, run=run, report=log.info)
+
+
+def source_plan(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> dict[str, Any]:
+    """What build_cache needs to know of a source: its records and how they become tokens."""
+    return _documents(source, text) if isinstance(source, TextConfig) else _chats(source, text, cfg)
+
+
+def roles_of(record: dict, where: str, source: Source, text: Text, num_tokens: int) -> list[str]:
+    """Who wrote each token of a record."""
+    if isinstance(source, TextConfig) or text.template is None:
+        return ["document"] * num_tokens
+    return text.template.roles(sample_from_record(record, where, source.format).messages)
 
 
 def _chats(source: SourceConfig, text: Text, cfg: DataConfig) -> dict[str, Any]:
-    """What build_cache needs to know of chats."""
     records = open_records(source)
     return {
         "records": records,
@@ -162,7 +176,7 @@ def _chats(source: SourceConfig, text: Text, cfg: DataConfig) -> dict[str, Any]:
 
 
 def _documents(source: TextConfig, text: Text) -> dict[str, Any]:
-    """The same of documents: whole, so that one cache serves every seq_len."""
+    """Documents are kept whole, so that one cache serves every seq_len."""
     records = open_documents(source)
     return {
         "records": records,
