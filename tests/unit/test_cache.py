@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.caches import ListRecords, make_encoded, make_key
 from torchft.data import shared_build
 from torchft.data.cache import build_cache
+from torchft.data.prefetch import map_ahead
 from torchft.data.types import Encoded
 from torchft.errors import DataError
 
@@ -114,6 +115,36 @@ def test_units_stay_together(tmp_path):
     assert len(cache) == 2 and cache.indices.tolist() == [0, 2] and cache.lengths(np.arange(2)).tolist() == [9, 13]
     assert [sequence.ids.tolist() for sequence in cache.unit(1)] == [[*range(10, 16)], [*range(50, 57)]]
     assert (cache.counts.kept, cache.counts.too_long, cache.counts.tokens) == (2, 1, 22)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_no_byte(tmp_path, threads):
+    """However long each record takes, any number of threads makes the arrays of one, in the records' order; and tells the first error."""
+
+    def uneven(record: dict, where: str) -> Encoded:
+        time.sleep(0.002 * (record["n"] % 3))
+        return encode(record, where)
+
+    records = ListRecords([{"n": 3 + i % 9, "first": 10 * i} for i in range(150)])
+    one, _ = build(tmp_path / "one", records)
+    many, _ = build(tmp_path / "many", records, encode=uneven, threads=threads)
+    assert one.hash == many.hash
+
+    def bad(record: dict, where: str) -> Encoded:
+        if where.endswith((":40", ":41", ":90")):
+            raise DataError(f"{where}: bad")
+        return uneven(record, where)
+
+    with pytest.raises(DataError, match="rows.jsonl:40: bad"):
+        build(tmp_path / "bad", records, encode=bad, threads=threads)
+
+
+def test_threads_read_a_little_ahead():
+    """However many records there are, only a bounded number has been read before the first is used."""
+    taken = []
+    results = map_ahead(lambda i: 2 * i, (taken.append(i) or i for i in range(10_000)), workers=3, together=4)
+    assert [next(results) for _ in range(3)] == [0, 2, 4] and len(taken) < 50
+    assert list(results) == [2 * i for i in range(3, 10_000)]
 
 
 def test_everything_dropped_says_why(tmp_path):

@@ -26,6 +26,7 @@ import numpy as np
 
 import torchft
 from torchft import dist
+from torchft.data.prefetch import map_ahead
 from torchft.data.shared_build import Beat, SharedBuild, is_whole
 from torchft.data.types import Encoded
 from torchft.errors import DataError
@@ -48,6 +49,7 @@ class Records(Protocol):
 
 
 Encode = Callable[[dict, str], Encoded | tuple[Encoded, ...] | None]  # a tuple: a unit; None: nothing to train on
+Row = tuple[int, Encoded | tuple[Encoded, ...] | None, str]  # record number, what it became, "file:line"
 Truncate = Callable[[Encoded, str], Encoded | None]  # to data.seq_len by data.truncation; None: dropped
 
 
@@ -153,13 +155,15 @@ def build_cache(
     run: str | None = None,
     max_dropped_share: float = 1.0,
     timeout_s: float = 600.0,
+    threads: int = 1,
     report: Callable[[str], None] = print,
 ) -> TokenCache:
     """The cache of `records` under `folder`, tokenised by all ranks unless it is there already. Call it on every rank.
 
     run: a word shared by this run's ranks and by no other run; None: rank 0 of the process group makes one up.
     max_dropped_share: an error if a larger share of the samples was dropped. timeout_s: an error after so long without progress on
-    any rank. report: gets progress lines and the summary, on rank 0 only. Raises DataError, the same on every rank.
+    any rank. threads: that encode on each rank. report: gets progress lines and the summary, on rank 0 only. Raises DataError, the same
+    on every rank.
     """
     assert run or world_size == dist.world_size(), f"without a process group of {world_size} the ranks need a common `run`"
     run = run or dist.broadcast_object(uuid.uuid4().hex)
@@ -171,7 +175,7 @@ def build_cache(
         label = f"tokenising {records.name}"
         build = SharedBuild(final, run, label=label, total=n, rank=rank, world_size=world_size, timeout_s=timeout_s, report=tell)
         build.run(
-            lambda part, beat: _write_part(part, records.read(lo, hi), encode, truncate, beat),
+            lambda part, beat: _write_part(part, _encoded(records.read(lo, hi), encode, threads), truncate, beat),
             lambda parts, out, beat: _join_parts(parts, out, records.name, key, beat),
         )
     cache = open_cache(final)
@@ -198,13 +202,17 @@ def open_cache(folder: Path) -> TokenCache:
         raise DataError(f"{folder}: damaged cache ({error}): delete this folder, it is built again from the source") from error
 
 
-def _write_part(part: Path, rows: Iterator[tuple[int, dict, str]], encode: Encode, truncate: Truncate | None, beat: Beat) -> None:
+def _encoded(rows: Iterator[tuple[int, dict, str]], encode: Encode, threads: int) -> Iterator[Row]:
+    return map_ahead(lambda row: (row[0], encode(row[1], row[2]), row[2]), rows, workers=threads)
+
+
+def _write_part(part: Path, rows: Iterator[Row], truncate: Truncate | None, beat: Beat) -> None:
     """Tokenises a slice into raw arrays: a part is read back by this run alone."""
     counts, lengths, indices, binary, size = Counts(), array("q"), array("q"), True, 0
     with open(part / "ids", "wb") as ids, open(part / "weights", "wb") as weights:
-        for index, record, where in rows:
+        for index, encoded, where in rows:
             beat(counts.total)
-            unit = _keep(encode(record, where), truncate, where, counts)
+            unit = _keep(encoded, truncate, where, counts)
             for sequence in unit:
                 ids.write(sequence.ids.astype(np.int32).tobytes())
                 weights.write(sequence.weights.astype(np.float32).tobytes())

@@ -4,6 +4,7 @@ Chats (SourceConfig, with a template) and documents (TextConfig, without one) di
 after that.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from torchft.tokenizers.protocol import Tokenizer
 
 log = get_logger(__name__)
 
+MAX_THREADS = 8  # that encode in one process: more wait for each other's Python
 Source = SourceConfig | TextConfig
 
 
@@ -87,8 +89,8 @@ class Tokens:
 
 def build_tokens(cfg: DataConfig | TextDataConfig, text: Text, world: World) -> Tokens:
     """The tokenised sources, made by all ranks together where they don't exist yet, and what is held out of them."""
-    train = [build_source(source, text, cfg, rank=world.rank, world_size=world.size) for source in cfg.train]
-    validation = {name: build_source(source, text, cfg, rank=world.rank, world_size=world.size) for name, source in cfg.validation.items()}
+    train = [build_source(source, text, cfg, world) for source in cfg.train]
+    validation = {name: build_source(source, text, cfg, world) for name, source in cfg.validation.items()}
     if cfg.validation_size:
         pairs = [hold_out(cache, cfg.validation_size) for cache in train]
         train = [rest for rest, _ in pairs]
@@ -145,11 +147,11 @@ def validation_passes(
     }
 
 
-def build_source(
-    source: Source, text: Text, cfg: DataConfig | TextDataConfig, *, rank: int, world_size: int, run: str | None = None
-) -> TokenCache:
-    """One tokenised source; run: a word shared by its builders, where they are no process group."""
-    return build_cache(cfg.cache, **source_plan(source, text, cfg), rank=rank, world_size=world_size, run=run, report=log.info)
+def build_source(source: Source, text: Text, cfg: DataConfig | TextDataConfig, world: World, run: str | None = None) -> TokenCache:
+    """One tokenised source, made by all of `world`; run: a word shared by them where they are no process group."""
+    threads = min(MAX_THREADS, max(1, (os.cpu_count() or 1) // world.local_size))
+    plan = source_plan(source, text, cfg)
+    return build_cache(cfg.cache, **plan, rank=world.rank, world_size=world.size, run=run, threads=threads, report=log.info)
 
 
 def source_plan(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def _prepare_beside(*place: Any) -> None:
 def _prepare(recipe: Path, argv: list[str], rank: int, num_processes: int, run: str) -> list[str]:
     log.setup(rank)
     data = open_data(load_recipe(recipe), argv)
-    place = {"rank": rank, "world_size": num_processes, "run": run}
-    return [build_source(source, data.text, data.cfg.data, **place).summary() for source in data.sources.values()]
+    world = World(rank, num_processes, rank, num_processes, torch.device("cpu"))
+    return [build_source(source, data.text, data.cfg.data, world, run).summary() for source in data.sources.values()]
 
 
 def _samples(data: Data, name: str, first: int) -> Iterator[Shown]:
