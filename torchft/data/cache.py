@@ -212,7 +212,7 @@ def _write_part(part: Path, rows: Iterator[Row], truncate: Truncate | None, beat
     with open(part / "ids", "wb") as ids, open(part / "weights", "wb") as weights:
         for index, encoded, where in rows:
             beat(counts.total)
-            unit = _keep(encoded, truncate, where, counts)
+            unit = keep(encoded, truncate, where, counts)
             for sequence in unit:
                 ids.write(sequence.ids.astype(np.int32).tobytes())
                 weights.write(sequence.weights.astype(np.float32).tobytes())
@@ -228,7 +228,7 @@ def _write_part(part: Path, rows: Iterator[Row], truncate: Truncate | None, beat
     (part / "counts.json").write_text(json.dumps({"counts": asdict(counts), "binary": binary, "size": size}))
 
 
-def _keep(encoded: Encoded | tuple[Encoded, ...] | None, truncate: Truncate | None, where: str, counts: Counts) -> tuple[Encoded, ...]:
+def keep(encoded: Encoded | tuple[Encoded, ...] | None, truncate: Truncate | None, where: str, counts: Counts) -> tuple[Encoded, ...]:
     """The sample's sequences as they are kept, all or none; counts what happened to it."""
     counts.total += 1
     whole = encoded if isinstance(encoded, tuple) else () if encoded is None else (encoded,)

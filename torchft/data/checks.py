@@ -17,7 +17,7 @@ def check_data(cfg: Any) -> Iterator[Problem]:
         yield Problem("data.train", "no source", "at least one source", "add one, e.g. data.train=[{path: FILE}]")
     if cfg.seq_len < 2:
         yield Problem("data.seq_len", str(cfg.seq_len), "at least 2", "use the length of your samples in tokens, e.g. 2048")
-    for key, least, default in (("window", 1, 4096), ("workers", 0, 1), ("prefetch", 1, 2)):
+    for key, least, default in (("window", 1, 4096), ("workers", 0, 1), ("prefetch", 1, 2), ("streams", 1, 64)):
         if getattr(cfg, key) < least:
             yield Problem(f"data.{key}", str(getattr(cfg, key)), f"at least {least}", f"use {default}")
     size = cfg.validation_size
@@ -26,6 +26,7 @@ def check_data(cfg: Any) -> Iterator[Problem]:
     for name in set(held_out_names(cfg)) & set(cfg.validation):
         yield Problem(f"data.validation.{name}", "a name that data.validation_size takes", "another name", "rename this source")
     yield from _check_shares(cfg.train, cfg.mixture)
+    yield from _check_streaming(cfg)
     for name, source in cfg.validation.items():
         for key in GIVEN:
             if getattr(source, key) is not None:
@@ -51,3 +52,18 @@ def _check_shares(shares: Sequence[Share], cfg: MixtureConfig) -> Iterator[Probl
     elif cfg.temperature != 1 and cfg.mode == "concat":
         fix = "set data.mixture.mode to first_exhausted, all_exhausted or no_repeats"
         yield Problem("data.mixture.temperature", f"{cfg.temperature} with data.mixture.mode=concat", "1: concat has no shares", fix)
+
+
+def _check_streaming(cfg: Any) -> Iterator[Problem]:
+    """What needs all of a source at once."""
+    if not cfg.streaming:
+        return
+    given = {"data.mixture.mode": cfg.mixture.mode != "concat" and cfg.mixture.mode, "data.validation_size": cfg.validation_size}
+    given["data.packing"] = not cfg.packing and "false"
+    given["data.train"] = len(cfg.train) > 1 and f"{len(cfg.train)} sources"
+    for i, source in enumerate(cfg.train):
+        given |= {f"data.train.{i}.{key}": getattr(source, key) for key in (*GIVEN, "max_samples")}
+    for key, value in given.items():
+        if value:
+            expected = "nothing of this with data.streaming=true: one packed source (a file, folder or glob), read as it comes"
+            yield Problem(key, str(value), expected, "leave it out, or set data.streaming=false")

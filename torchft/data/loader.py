@@ -10,7 +10,7 @@ number of micro-batches, all of the same length.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,14 +21,16 @@ from torchft.data.cache import TokenCache
 from torchft.data.checks import check_data
 from torchft.data.collate import collate
 from torchft.data.mixture import Mixture, MixtureConfig
-from torchft.data.order import VERSION, Cursor, Order
+from torchft.data.order import VERSION, Cursor, Order, Place
 from torchft.data.prefetch import Prefetch
 from torchft.data.sources import SourceConfig
 from torchft.data.stream import StreamOrder
+from torchft.data.streaming import VirtualStreams
 from torchft.data.tokenize import Truncation
 from torchft.errors import CheckpointError, ConfigError, Problem
 
 Packing = bool | Literal["cut"]
+Plan = tuple[list[list[Any]], int, int]  # rows of each micro-batch, their length, the epoch
 
 
 @dataclass
@@ -50,6 +52,8 @@ class DataConfig:
     workers: int = 1  # threads that prepare batches ahead; 0: none
     prefetch: int = 2  # steps prepared ahead
     cache: str = ".cache/tokens"  # folder of tokenised sources, seen by all processes
+    streaming: bool = False  # tokenise the training source, JSON Lines, as training goes, without a cache; needs train.steps
+    streams: int = 64  # with streaming: places in its files that are read side by side; best a multiple of the rows of a micro-batch
 
     def check(self) -> Iterator[Problem]:
         yield from check_data(self)
@@ -87,7 +91,7 @@ class Loader:
 
     def __init__(
         self,
-        caches: Sequence[TokenCache],
+        data: Sequence[TokenCache] | VirtualStreams,
         *,
         seq_len: int,
         micro_batch_size: int,
@@ -106,18 +110,20 @@ class Loader:
         prefetch: int = 1,
         pin_memory: bool = False,
     ):
-        assert caches and all(len(cache) and cache.key.seq_len <= seq_len for cache in caches), "build the caches for this seq_len"
-        assert len({cache.size for cache in caches}) == 1, "pairs and single samples in one loader"
         self.grad_accum = grad_accum(global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size)
         if packing and seq_len % multiple_of:
             lower, upper = seq_len // multiple_of * multiple_of, _round_up(seq_len, multiple_of)
             expected = f"a multiple of {multiple_of} with packing, so that a row can be split by the parallel layout"
             raise ConfigError(Problem("data.seq_len", str(seq_len), expected, f"use {lower or upper} or {upper}"))
-        plan: dict[str, Any] = {"seq_len": seq_len, "shuffle": shuffle, "window": window, "seed": seed, "mixture": mixture}
-        if packing == "cut":
-            self.order: Order = StreamOrder(caches, **plan)
+        self.order: Order | VirtualStreams
+        if isinstance(data, VirtualStreams):
+            self.order = data
         else:
-            self.order = Order(caches, packing=packing, group=global_batch_size if length_grouping else None, **plan)
+            assert data and all(len(cache) and cache.key.seq_len <= seq_len for cache in data), "build the caches for this seq_len"
+            assert len({cache.size for cache in data}) == 1, "pairs and single samples in one loader"
+            plan: dict[str, Any] = {"seq_len": seq_len, "shuffle": shuffle, "window": window, "seed": seed, "mixture": mixture}
+            group = global_batch_size if length_grouping else None
+            self.order = StreamOrder(data, **plan) if packing == "cut" else Order(data, packing=packing, group=group, **plan)
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_id, self.multiple_of, self.pin_memory = pad_id, multiple_of, pin_memory
@@ -136,7 +142,7 @@ class Loader:
         self.cursor = after
         return batches
 
-    def row_length(self, packs: list[np.ndarray]) -> int:
+    def row_length(self, packs: list[Any]) -> int:
         """Tokens in each row of a step of these packs, padding included."""
         if self.order.packing:
             return self.order.seq_len
@@ -159,14 +165,11 @@ class Loader:
 
     def state(self) -> dict:
         """The state after the last step that next_step returned, as JSON: global, the same on every rank."""
-        c = self.cursor
-        sources = [
-            {"name": cache.name, "hash": cache.hash, "key": asdict(cache.key), "epoch": c.epoch, "taken": c.taken[i], "tokens": c.tokens[i]}
-            for i, cache in enumerate(self.order.caches)
-        ]
+        c, order = self.cursor, self.order
+        sources = [{**source, "epoch": c.epoch} for source in order.source_states(c)]
         where = {"epoch": c.epoch, "window": c.window, "pack": c.pack, "step": c.step}
-        plan = {"plan_hash": self.order.hash(), "plan": self.order.settings()}
-        return {"version": VERSION, "seed": self.order.seed, **where, **plan, "sources": sources, "streams": None}
+        plan = {"plan_hash": order.hash(), "plan": order.settings()}
+        return {"version": VERSION, "seed": order.seed, **where, **plan, "sources": sources, "streams": order.stream_states(c)}
 
     def load_state(self, state: dict) -> None:
         """Continues behind that state's last step, whatever dp_size, micro_batch_size and global_batch_size are now.
@@ -178,7 +181,8 @@ class Loader:
                 raise CheckpointError(_difference(self.state(), state))
             taken, tokens = (tuple(int(source[key]) for source in state["sources"]) for key in ("taken", "tokens"))
             where = {key: int(state[key]) for key in ("epoch", "window", "pack", "step")}
-            cursor = Cursor(**where, taken=taken, tokens=tokens)
+            places = tuple(Place(**place) for place in state["streams"] or ())
+            cursor = Cursor(**where, taken=taken, tokens=tokens, places=places)
             if not self.order.has(cursor):
                 raise ValueError(f"{cursor} is outside of the data's order")
         except (KeyError, TypeError, ValueError) as error:
@@ -192,23 +196,24 @@ class Loader:
         if ahead:
             ahead.close()
 
-    def _plan(self, cursor: Cursor) -> tuple[tuple[list[np.ndarray], int], Cursor]:
-        """The packs of a step and their epoch: a pure function of the cursor, so it may run ahead in a thread; so may _make."""
+    def _plan(self, cursor: Cursor) -> tuple[Plan, Cursor]:
+        """This rank's rows of a step: a pure function of the cursor, so it may run ahead in a thread; so may _make."""
         packs, after = self.order.take(cursor, self.global_batch_size)
-        return (packs, cursor.epoch), after
-
-    def _make(self, plan: tuple[list[np.ndarray], int]) -> list[Batch]:
-        packs, epoch = plan
-        t, batches = self.row_length(packs), []
+        fillers = [self.order.filler] * self.micro_batch_size
+        rows = []
         for m in range(self.grad_accum):
             first = (m * self.dp_size + self.dp_rank) * self.micro_batch_size
-            mine = packs[first : first + self.micro_batch_size]
-            batches.append(self._collate(mine + [self.order.filler] * (self.micro_batch_size - len(mine)), epoch, t))
-        return batches
+            rows.append((packs[first : first + self.micro_batch_size] + fillers)[: self.micro_batch_size])
+        rows, after = self.order.fetch(rows, cursor, after)
+        return (rows, self.row_length(packs), cursor.epoch), after
 
-    def _collate(self, packs: list[np.ndarray], epoch: int, t: int) -> Batch:
+    def _make(self, plan: Plan) -> list[Batch]:
+        rows, t, epoch = plan
+        return [self._collate(batch, epoch, t) for batch in rows]
+
+    def _collate(self, packs: list[Any], epoch: int, t: int) -> Batch:
         rows, ids = zip(*(self.order.read(pack, epoch) for pack in packs), strict=True)
-        batch = collate(rows, ids, t=t, pad_id=self.pad_id, epoch=epoch, in_units=self.order.caches[0].size > 1)
+        batch = collate(rows, ids, t=t, pad_id=self.pad_id, epoch=epoch, in_units=self.order.in_units)
         if not self.pin_memory:
             return batch
         tensors = {f.name: value.pin_memory() for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}

@@ -26,6 +26,17 @@ VERSION = 1  # of the order; a change here makes older cursors invalid
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a virtual stream (streaming.py) goes on: `used` rows, or tokens where documents are cut, of the window that begins at byte
+    `offset` are done."""
+
+    offset: int  # in the bytes of all files
+    used: int = 0
+    passes: int = 0  # over the stream's bytes, before this window
+    rows: int = 0  # made in all
+
+
+@dataclass(frozen=True)
 class Cursor:
     """Where in the global order the next step begins, and what has been taken. The same on every rank."""
 
@@ -35,6 +46,7 @@ class Cursor:
     step: int  # steps made so far
     taken: tuple[int, ...]  # samples of each source in this epoch
     tokens: tuple[int, ...]  # tokens of each source in all epochs
+    places: tuple[Place, ...] = ()  # of virtual streams, as far as this rank knows
 
 
 class Order:
@@ -55,7 +67,7 @@ class Order:
         group: int | None = None,
     ):
         """mixture: None takes every sample once an epoch. group: without packing, so many rows after another are of like length."""
-        self.caches, self.seed = tuple(caches), seed
+        self.caches, self.seed, self.in_units = tuple(caches), seed, caches[0].size > 1
         self.seq_len, self.packing, self.shuffle, self.window, self.group = seq_len, packing, shuffle, window, group
         self.mixture = mixture or whole([len(cache) for cache in caches])
         self.draws = Draws(self.mixture, window, shuffle=shuffle, seed=seed)
@@ -132,6 +144,21 @@ class Order:
             if pack == len(planned):
                 window, pack = window + 1, 0
         return packs, self._behind(cursor, packs, window, pack)
+
+    def fetch(self, rows: list[list[Any]], before: Cursor, after: Cursor) -> tuple[list[list[Any]], Cursor]:
+        """What has to be read in order before `read`: nothing, where the tokens lie in a cache."""
+        return rows, after
+
+    def source_states(self, cursor: Cursor) -> list[dict[str, Any]]:
+        """Each source's part of a saved state."""
+        return [
+            {"name": cache.name, "hash": cache.hash, "key": asdict(cache.key), "taken": taken, "tokens": tokens}
+            for cache, taken, tokens in zip(self.caches, cursor.taken, cursor.tokens, strict=True)
+        ]
+
+    def stream_states(self, cursor: Cursor) -> list[dict[str, int]] | None:
+        """The places of virtual streams: a cache has none."""
+        return None
 
     def contents(self, packs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What stands in some rows: the source of each entry (k,), the samples that begin with it, 1 or 0 (k,), its tokens (k,)."""

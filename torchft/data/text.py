@@ -60,6 +60,8 @@ class TextDataConfig:
     workers: int = 1  # threads that prepare batches ahead; 0: none
     prefetch: int = 2  # steps prepared ahead
     cache: str = ".cache/tokens"  # folder of tokenised sources, seen by all processes
+    streaming: bool = False  # tokenise the training source, JSON Lines, as training goes, without a cache; needs train.steps
+    streams: int = 64  # with streaming: places in its files that are read side by side; best a multiple of the rows of a micro-batch
     packing: ClassVar = "cut"
     length_grouping: ClassVar = False
 

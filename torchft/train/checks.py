@@ -22,6 +22,9 @@ def check_job(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     yield from _check_lengths(cfg, spec, mesh)
     yield from _check_batches(cfg, mesh)
     yield from _check_validation(cfg)
+    if cfg.data.streaming and cfg.train.epochs is not None:
+        given, expected = f"{cfg.train.epochs} with data.streaming=true", "train.steps: what is streamed has no known end"
+        yield Problem("train.epochs", given, expected, "set train.steps instead")
     yield from check_rules((name for name, _ in build_decoder(spec).named_parameters()), cfg.optim)
     if cfg.precision.params == "bf16" and cfg.optim.lr < PURE_BF16_LR:
         log.warning(

@@ -16,7 +16,8 @@ from torchft.data.formats import sample_from_record
 from torchft.data.holdout import held_out_names, hold_out
 from torchft.data.loader import DataConfig, Loader, evaluation_steps
 from torchft.data.mixture import build_mixture
-from torchft.data.sources import SourceConfig, open_records
+from torchft.data.sources import SourceConfig, find_files, open_records
+from torchft.data.streaming import STREAMED, Lines, VirtualStreams
 from torchft.data.templates import Template, build_template
 from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
 from torchft.data.tokenize import encode_record, truncate
@@ -88,8 +89,9 @@ class Tokens:
 
 
 def build_tokens(cfg: DataConfig | TextDataConfig, text: Text, world: World) -> Tokens:
-    """The tokenised sources, made by all ranks together where they don't exist yet, and what is held out of them."""
-    train = [build_source(source, text, cfg, world) for source in cfg.train]
+    """The tokenised sources, made by all ranks together where they don't exist yet, and what is held out of them. Of a source that is
+    streamed there is nothing."""
+    train = [] if cfg.streaming else [build_source(source, text, cfg, world) for source in cfg.train]
     validation = {name: build_source(source, text, cfg, world) for name, source in cfg.validation.items()}
     if cfg.validation_size:
         pairs = [hold_out(cache, cfg.validation_size) for cache in train]
@@ -103,20 +105,21 @@ def build_loader(
     caches: list[TokenCache], cfg: DataConfig | TextDataConfig, rows: Rows, text: Text, *, global_batch_size: int, seed: int
 ) -> Loader:
     """The training loader of this data rank."""
+    seed = seed if cfg.seed is None else cfg.seed
     sizes, tokens = [len(cache) for cache in caches], [cache.counts.tokens for cache in caches]
     return Loader(
-        caches,
+        open_streams(cfg.train[0], text, cfg, seed) if cfg.streaming else caches,
         seq_len=cfg.seq_len,
         micro_batch_size=rows.micro_batch_size,
         global_batch_size=global_batch_size,
         dp_rank=rows.mesh.dp_rank,
         dp_size=rows.mesh.dp_size,
-        seed=seed if cfg.seed is None else cfg.seed,
+        seed=seed,
         packing=cfg.packing,
         length_grouping=cfg.length_grouping,
         shuffle=cfg.shuffle,
         window=cfg.window,
-        mixture=build_mixture(cfg.train, cfg.mixture, sizes=sizes, tokens=tokens),
+        mixture=build_mixture(cfg.train, cfg.mixture, sizes=sizes, tokens=tokens) if caches else None,
         pad_id=text.tokenizer.pad_id,
         multiple_of=rows.multiple_of,
         workers=cfg.workers,
@@ -156,7 +159,29 @@ def build_source(source: Source, text: Text, cfg: DataConfig | TextDataConfig, w
 
 def source_plan(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> dict[str, Any]:
     """What build_cache needs to know of a source: its records and how they become tokens."""
-    return _documents(source, text) if isinstance(source, TextConfig) else _chats(source, text, cfg)
+    records: Any = open_documents(source) if isinstance(source, TextConfig) else open_records(source)
+    plan = _encoding(source, text, cfg)
+    return {"records": records, **plan, "key": replace(plan["key"], source=records.digest)}
+
+
+def open_streams(source: Source, text: Text, cfg: DataConfig | TextDataConfig, seed: int) -> VirtualStreams:
+    """A source of JSON Lines, read and tokenised as training goes."""
+    plan = _encoding(source, text, cfg)
+    lines = Lines(source.name or Path(source.path).stem, find_files(source.path, STREAMED))
+    return VirtualStreams(
+        lines,
+        plan["encode"],
+        plan.get("truncate"),
+        streams=cfg.streams,
+        seq_len=cfg.seq_len,
+        cuts=cfg.packing == "cut",
+        shuffle=cfg.shuffle,
+        window=cfg.window,
+        seed=seed,
+        encoding=plan["key"].digest,
+        threads=cfg.workers,
+        max_dropped_share=plan.get("max_dropped_share", 1.0),
+    )
 
 
 def roles_of(record: dict, where: str, source: Source, text: Text, num_tokens: int) -> list[str]:
@@ -166,22 +191,16 @@ def roles_of(record: dict, where: str, source: Source, text: Text, num_tokens: i
     return text.template.roles(sample_from_record(record, where, source.format).messages)
 
 
-def _chats(source: SourceConfig, text: Text, cfg: DataConfig) -> dict[str, Any]:
-    records = open_records(source)
+def _encoding(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> dict[str, Any]:
+    """How records become tokens, and the key of that, still without the source's digest."""
+    if isinstance(source, TextConfig):  # documents are kept whole, so that one cache serves every seq_len
+        return {
+            "encode": lambda record, where: encode_document(record, where, text_key=source.text_key, tokenizer=text.tokenizer),
+            "key": CacheKey("", "text", text.tokenizer.digest, "", 0, "none"),
+        }
     return {
-        "records": records,
         "encode": lambda record, where: encode_record(record, where, format=source.format, template=text.template),
-        "key": CacheKey(records.digest, source.format, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
+        "key": CacheKey("", source.format, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
         "truncate": lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where),
         "max_dropped_share": cfg.max_dropped_share,
-    }
-
-
-def _documents(source: TextConfig, text: Text) -> dict[str, Any]:
-    """Documents are kept whole, so that one cache serves every seq_len."""
-    records = open_documents(source)
-    return {
-        "records": records,
-        "encode": lambda record, where: encode_document(record, where, text_key=source.text_key, tokenizer=text.tokenizer),
-        "key": CacheKey(records.digest, "text", text.tokenizer.digest, "", 0, "none"),
     }

@@ -63,14 +63,18 @@ def show(data: Data, *, count: int, source: str | None = None, first: int = 0, o
     return found
 
 
-def stats(data: Data) -> tuple[list[SourceStats], EpochStats]:
-    """Of every source, and of the first epoch of training; makes the caches that are missing."""
+def stats(data: Data) -> tuple[list[SourceStats], EpochStats | None]:
+    """Of every source, and of the first epoch of training; makes the caches that are missing. Of a streamed source: nothing."""
     tokens = build_tokens(data.cfg.data, data.text, World(0, 1, 0, 1, torch.device("cpu")))
+    caches = [*tokens.train, *tokens.validation.values()]
     stop_ids = data.text.template.stop_ids if data.text.template else data.text.tokenizer.stop_ids
+    found = source_stats(caches, stop_ids)
+    if not tokens.train:
+        return found, None
     rows = Rows(1, 1, Mesh(dict.fromkeys(AXES, 1), torch.device("cpu")))
     size = data.cfg.train.global_batch_size
     loader = build_loader(tokens.train, data.cfg.data, rows, data.text, global_batch_size=size, seed=data.cfg.seed)
-    return source_stats([*tokens.train, *tokens.validation.values()], stop_ids), epoch_stats(loader)
+    return found, epoch_stats(loader)
 
 
 def prepare(recipe: Path, argv: list[str], num_processes: int) -> list[str]:
@@ -97,7 +101,8 @@ def _prepare(recipe: Path, argv: list[str], rank: int, num_processes: int, run: 
     log.setup(rank)
     data = open_data(load_recipe(recipe), argv)
     world = World(rank, num_processes, rank, num_processes, torch.device("cpu"))
-    return [build_source(source, data.text, data.cfg.data, world, run).summary() for source in data.sources.values()]
+    cached = [source for name, source in data.sources.items() if not (data.cfg.data.streaming and name.startswith("train/"))]
+    return [build_source(source, data.text, data.cfg.data, world, run).summary() for source in cached]
 
 
 def _samples(data: Data, name: str, first: int) -> Iterator[Shown]:
