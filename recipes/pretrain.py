@@ -23,9 +23,9 @@ from torchft.parallel.mesh import ParallelConfig
 from torchft.parallel.recompute import MemoryConfig
 from torchft.train.data import TextTokenizerConfig
 from torchft.train.finish import ExportConfig, finish_run
-from torchft.train.run import Run, run_recipe
+from torchft.train.run import DebugConfig, Run, run_recipe
 from torchft.train.setup import ModelConfig, TrainConfig, ValidateConfig, build_job
-from torchft.train.step import train_step
+from torchft.train.validation import run_validation
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
 
 def main(argv: list[str]) -> int:
@@ -57,17 +58,17 @@ def main(argv: list[str]) -> int:
     with Run(cfg) as run:
         job = build_job(cfg, run)
         if cfg.validate.at_start and run.step == 0:
-            run.log_validation(0, job.validate())
+            run_validation(cfg, run, job, step=0)
 
         for step in run.steps(last=job.num_steps):
             lr = job.schedule(step)
             set_lr(job.optimizer, lr)
             with run.meter.waiting():
-                batches = job.loader.next_step()
-            stats = train_step(job.parts, batches, job.loss, job.optimizer, max_norm=cfg.optim.max_norm, nonfinite=cfg.train.nonfinite)
+                batches = job.next_step(step)
+            stats = job.train_step(step, batches, max_norm=cfg.optim.max_norm, nonfinite=cfg.train.nonfinite)
             run.log(step, stats, lr)
             if cfg.validate.is_due(step, last=job.num_steps):
-                job.store.note_metric(step, run.log_validation(step, job.validate()))
+                run_validation(cfg, run, job, step)
             job.store.save_if_due(step)
 
         return finish_run(cfg, run, job)

@@ -7,13 +7,15 @@ count from the batch alone, before any forward: the step divides once, by the co
 Letters: b rows, t tokens, d hidden, v vocabulary, n tokens flattened, s sequences.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 Group = dist.ProcessGroup
 
@@ -24,6 +26,14 @@ class SampleId(NamedTuple):
     source: str
     epoch: int
     index: int
+
+
+class NoiseKey(NamedTuple):
+    """What the noise on a training batch's embeddings hangs on, beside the samples' ids (parallel/noise.py)."""
+
+    alpha: float
+    seed: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,34 @@ class Layout:
             allowed = allowed & (ahead < window)
         return (self.doc_q[:, None, :, None] == self.doc_kv[:, None, None, :]) & allowed
 
+    def block_mask(self, window: int | None) -> BlockMask:
+        """The same as FlexAttention's blocks: empty ones are skipped, only mixed ones look at single pairs."""
+        doc_q, doc_kv, index_q, index_kv = self.doc_q, self.doc_kv, self.index_q, self.index_kv
+
+        def allowed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            ahead = index_q[q] - index_kv[kv]
+            seen = (ahead >= 0) & (doc_q[b, q] == doc_kv[b, kv])
+            return seen if window is None else seen & (ahead < window)
+
+        create = _block_mask_maker(compiled=doc_q.is_cuda)
+        return create(allowed, doc_q.shape[0], None, doc_q.shape[1], doc_kv.shape[1], device=str(doc_q.device))
+
+    def cu_seqlens(self) -> tuple[Tensor, int]:
+        """Where each document begins when all rows are laid end to end, and the end: (num_documents + 1,) int32; and the longest one's
+        length. Waits for the device. A document is consecutive tokens of one id in one row."""
+        assert self.doc_q.shape == self.doc_kv.shape, "documents have no beginnings under a KV cache: queries are fewer than keys"
+        first = torch.ones_like(self.doc_q, dtype=torch.bool)
+        first[:, 1:] = self.doc_q[:, 1:] != self.doc_q[:, :-1]
+        begins = first.flatten().nonzero().flatten()  # (num_documents,)
+        bounds = torch.cat((begins, begins.new_full((1,), first.numel()))).int()
+        return bounds, int(bounds.diff().max())
+
+
+@cache
+def _block_mask_maker(*, compiled: bool) -> Callable[..., BlockMask]:
+    """compiled: never holds the whole mask, (b, tq, tk)."""
+    return torch.compile(create_block_mask) if compiled else create_block_mask
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -65,6 +103,8 @@ class Batch:
     num_tokens: int  # tokens that are not padding
     plain_causal: bool  # one document a row (padding belongs to it): the mask is the causal triangle
     ids: tuple[SampleId, ...] = ()
+    pieces: tuple[tuple[tuple[int, int], ...], ...] = ()  # by row, of each sample in it: where it begins in the sample, how many tokens
+    noise: NoiseKey | None = None  # NEFTune; None: no noise
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies overlap with compute when the source is pinned."""

@@ -7,6 +7,8 @@ keyed (contract A8): `keyed_generator("init", seed, name, block)` gives the same
 import hashlib
 import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from torchft.compat import default_store, keep_freed_memory
 from torchft.errors import ConfigError, Problem
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+WAIT_S = 1.0  # how often ranks that wait for rank 0 look whether it is through
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
     where = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(where)
+    elif not any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):  # the user's own choice
+        keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         options = {"device_id": where} if kind == "cuda" else {"store": _attempt_store(rank, size, timeout_s)}
         dist.init_process_group(BACKENDS[kind], rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), **options)
@@ -90,6 +96,16 @@ def _attempt_store(rank: int, size: int, timeout_s: float) -> dist.Store:
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
+def set_deterministic(on: bool) -> None:
+    """Only algorithms that give the same bits every time, or any. Before the first CUDA matrix product: cuBLAS reads its workspace
+    setting then. Without the fill of fresh memory that torch adds to find reads of unset values, and which costs time."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = False
+
+
 def rank() -> int:
     """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -124,6 +140,21 @@ def broadcast_object(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=comm_device())
     return box[0]
+
+
+def wait_for_rank_0(call: Callable[[], None]) -> None:
+    """Long work of rank 0 alone: the others wait at the store, not in a collective, whose time limit it may exceed. All ranks call it."""
+    if world_size() == 1:
+        call()
+        return
+    store, key = default_store(), "torchft/rank_0_is_through"
+    if rank() == 0:
+        try:
+            call()
+        finally:
+            store.set(key, "yes")
+    while not store.check([key]):
+        time.sleep(WAIT_S)
 
 
 def gather_objects(value: object) -> list:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from tests.helpers.dist import run_dist
+from tests.helpers.flex import flex_on_cpu
 from tests.helpers.tiny import global_steps, of_rank, relative_error, tiny_llama
 from torchft.dtypes import DTYPES
 from torchft.losses.cross_entropy import CrossEntropy
@@ -43,6 +44,7 @@ class Cell:
     tied: bool = True
     recompute: str = "none"
     compile: str = ""
+    core: str = "auto"
 
 
 CELLS = (
@@ -62,6 +64,11 @@ CELLS = (
     Cell("pp2-fsdp2", 4, (("pp", 2),)),
     Cell("tp2-fsdp2-lora", 4, (("tp", 2),), lora=True),
     Cell("tp2-fsdp2-recompute", 4, (("tp", 2),), recompute="full"),
+)
+FLEX_CELLS = (  # FlexAttention, whose block mask goes through every wrapper; on CUDA it has no fp64
+    Cell("fsdp2-flex-compile-recompute", 2, recompute="full", compile="aot_eager", core="flex"),
+    Cell("tp2-flex-compile", 2, (("tp", 2),), compile="aot_eager", core="flex"),
+    Cell("pp2-flex-selective", 2, (("pp", 2),), recompute="selective", core="flex"),
 )
 
 
@@ -122,7 +129,7 @@ def run_cell(cell: Cell, dtype: str, device: str = "cpu"):
     """One rank: the same three steps through parallelize and train_step."""
     spec, cfg = tiny_llama(tied=cell.tied), ParallelConfig(**dict(cell.parallel))
     mesh = build_mesh(resolve_degrees(cfg, cell.world), torch.device(device))
-    modules = build_stages(spec, mesh, DTYPES[dtype])
+    modules = build_stages(spec, mesh, DTYPES[dtype], cell.core)
     if cell.lora:
         apply_lora(modules, LoraConfig(rank=3))
     compile = CompileConfig(enabled=bool(cell.compile), backend=cell.compile)
@@ -158,6 +165,15 @@ def test_layout_equals_one_process(cell: Cell, dtype: str):
     """Loss of three steps, every gradient, every weight after three steps, and the validation loss."""
     ranks = [run_cell(cell, dtype)] if cell.world == 1 else run_dist(run_cell, cell.world, cell, dtype)
     compare(cell, dtype, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", FLEX_CELLS, ids=lambda c: c.name)
+def test_flex_attention_equals_one_process_with_sdpa(cell: Cell):
+    """The same with block masks in the place of dense ones, which sharding, hooks, recomputation and compiled blocks hand on."""
+    with flex_on_cpu():
+        ranks = run_dist(run_cell, cell.world, cell, "fp64")
+    compare(cell, "fp64", ranks)
 
 
 def compare(cell: Cell, dtype: str, ranks: list) -> None:

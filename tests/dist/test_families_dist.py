@@ -15,6 +15,7 @@ from torchft.models.init import fill_blocks, init_weights
 from torchft.parallel.apply import parallelize
 from torchft.parallel.fsdp import PrecisionConfig
 from torchft.parallel.mesh import ParallelConfig, build_mesh, check_degrees, resolve_degrees
+from torchft.parallel.parts import add_up
 from torchft.parallel.pp import build_stages
 
 SEED, WORLD = 3, 2
@@ -47,7 +48,7 @@ def loss_and_gradients(parts, batches, mesh):
     metrics = parts.forward_backward(mine, loss, 1 / count)
     grads = {name: p.grad for name, p in parts.named_parameters(copies=True)}
     grads = {name: (g.full_tensor() if isinstance(g, DTensor) else g).detach().clone() for name, g in grads.items()}
-    return parts.reduce_metrics(metrics)["loss"], grads
+    return parts.reduce_metrics(add_up(metrics))["loss"], grads
 
 
 def run_families(names: list[str], degrees: dict) -> dict[str, tuple]:

@@ -9,11 +9,14 @@ BASE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidde
 BASE |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1, "rms_norm_eps": 1e-5}
 WIDE = {"head_dim": 32}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 FACTORS = {"short_factor": [1.0 + i / 8 for i in range(6)], "long_factor": [1.5 + i for i in range(6)]}
 
 # name: (transformers' config class, model class, config in transformers 4's spelling)
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", BASE | {"rope_theta": 5e5, "rope_scaling": LLAMA3, "tie_word_embeddings": True}),
+    "llama bias": ("LlamaConfig", "LlamaForCausalLM", BASE | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralConfig", "MistralForCausalLM", BASE | {"sliding_window": 9, "rope_theta": 1e6}),
     "mistral nemo": ("MistralConfig", "MistralForCausalLM", BASE | WIDE | {"sliding_window": None}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", BASE | {"tie_word_embeddings": True, "rope_theta": 1e6}),

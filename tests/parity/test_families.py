@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from torchft.models import build
 from torchft.models.build import read_config
 from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.keys import stored_as
+from torchft.models.spec import HeadSpec
 
 transformers = pytest.importorskip("transformers")
 T = 24
@@ -50,13 +52,15 @@ def ours(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return model
 
 
-def run(model: Decoder, tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+def run(
+    model: Decoder, tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None, noise: Tensor | None = None
+) -> Tensor:
     b, t = tokens.shape
     index = torch.arange(t, dtype=torch.int32)
     plain = documents is None
     documents = torch.zeros(b, t, dtype=torch.int32) if plain else documents
     positions = index.expand(b, t) if positions is None else positions
-    return model(tokens, layout=Layout(documents, documents, index, index, plain_causal=plain), positions=positions)
+    return model(tokens, layout=Layout(documents, documents, index, index, plain_causal=plain), positions=positions, noise=noise)
 
 
 def in_their_words(model: Decoder) -> dict[str, Tensor]:
@@ -64,6 +68,17 @@ def in_their_words(model: Decoder) -> dict[str, Tensor]:
     rules, named = build.FAMILIES[model.spec.family].KEYS, dict(model.named_parameters())
     stored = [stored_as(rules, name) for name in named]
     return dict(join(stored, list(named), [p.grad for p in named.values()]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_noise_is_added_where_transformers_adds_it(tmp_path, name):
+    """The same noise on the output of transformers' embedding module, where its NEFTune hook acts: the same logits."""
+    theirs, model = hf_model(tmp_path, name), ours(tmp_path)
+    tokens, noise = torch.randint(0, 96, (2, T)), torch.randn(2, T, 64)
+    quiet = run(model, tokens)
+    theirs.get_input_embeddings().register_forward_hook(lambda module, args, output: output + noise)
+    expected, got = theirs(tokens).logits, run(model, tokens, noise=noise)
+    assert relative_error(got, expected) <= 1e-5 and relative_error(quiet, expected) > 1e-2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -80,6 +95,38 @@ def test_logits_and_gradients(tmp_path, name):
     assert mine.keys() == want.keys()
     worst = {key: relative_error(mine[key], want[key]) for key in mine}
     assert max(worst.values()) <= 1e-5, max(worst.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_score_head(tmp_path, name):
+    """A reward model's scores and every gradient, the head's among them, equal transformers' sequence classification's to 1e-5."""
+    config, model, changes = FAMILIES[name]
+    kind = model.replace("LMHeadModel", "ForCausalLM").replace("Gemma3For", "Gemma3TextFor")
+    settings = getattr(transformers, config)(**copy.deepcopy(changes | {"num_labels": 3, "pad_token_id": 0}))
+    torch.manual_seed(0)
+    made = getattr(transformers, kind.replace("CausalLM", "SequenceClassification"))(settings)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    made.save_pretrained(tmp_path)
+    theirs = type(made).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    spec = replace(tiny_spec(name), heads={"score": HeadSpec(3)})
+    mine = build_decoder(spec, device="cpu")
+    load_hf(tmp_path, spec, mine.named_parameters())
+    tokens, index = torch.randint(1, 96, (2, T)), torch.arange(T, dtype=torch.int32)
+    documents = torch.zeros(2, T, dtype=torch.int32)
+    layout = Layout(documents, documents, index, index, plain_causal=True)
+    got = mine(tokens, layout=layout, positions=index.expand(2, T), reduce=lambda hidden, heads: heads["score"].logits(hidden[:, -1]))
+    expected = theirs(tokens).logits
+    assert got.shape == (2, 3) and relative_error(got, expected) <= 1e-5
+    weights = torch.randn(expected.shape)
+    (expected * weights).sum().backward()
+    (got * weights).sum().backward()
+    want, have = {key: p.grad for key, p in theirs.named_parameters()}, in_their_words(mine)
+    assert have.keys() == want.keys() and "score.weight" in have
+    for key, grad in have.items():
+        if name != "gpt2" or not key.endswith("c_attn.bias"):  # a part of it is zero but for noise: k's, without rotation
+            assert relative_error(grad, want[key]) <= 1e-5, key
 
 
 @pytest.mark.parametrize("name", FAMILIES)

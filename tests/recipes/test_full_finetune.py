@@ -113,6 +113,16 @@ def test_layouts_train_the_same_model(straight, cache, tmp_path, overrides):
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in reference.items()}
 
 
+def test_the_named_attention_core_runs_and_is_printed(cache, tmp_path, monkeypatch, capfd):
+    """The debug model by the written-out core: in the opening lines, and in both layers of the model."""
+    from torchft.models.layers.attend import EagerCore
+
+    used, forward = set(), EagerCore.forward
+    monkeypatch.setattr(EagerCore, "forward", lambda self, *args: used.add(self) or forward(self, *args))
+    assert train(arguments(tmp_path / "run", cache, "model.attention=eager", "train.steps=4", "schedule.warmup_steps=1")) == 0
+    assert "attention: eager" in capfd.readouterr().err and len(used) == 2
+
+
 def test_weights_only_start(straight, cache, tmp_path):
     """checkpoint.load starts at step 1 with the other run's weights: the first loss is about its last."""
     folder = tmp_path / "warm"
@@ -250,6 +260,7 @@ WRONG = {
     "seq_len too long": (["data.seq_len=512"], "max_position_embeddings"),
     "all samples truncated away": (["data.seq_len=16", "data.truncation=drop"], "seq_len"),
     "batch that does not divide": (["train.global_batch_size=7"], "train.global_batch_size"),
+    "a core of another device": (["model.attention=varlen"], "no CPU kernel"),
     "two clocks": (["train.epochs=1"], "train.steps"),
     "no such size": (["model.path=null", "model.family=llama", "model.size=llama2-7", "model.init=random"], "llama2-7b"),
 }

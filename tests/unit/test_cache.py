@@ -13,6 +13,7 @@ from tests.helpers.caches import ListRecords, make_encoded, make_key
 from torchft.data import shared_build
 from torchft.data.cache import build_cache
 from torchft.data.prefetch import map_ahead
+from torchft.data.sources import SourceConfig, open_records
 from torchft.data.types import Encoded
 from torchft.errors import DataError
 
@@ -296,3 +297,38 @@ def test_damaged_cache_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(DataError, match="damaged cache.*delete this folder"):
         build(tmp_path, ListRecords([{"n": 5}] * 4))
+
+
+def open_rows(tmp_path: Path):
+    """Ten lines of which 3 and 7 are no JSON and 5 is refused by the encoder; the last two are far apart."""
+    lines = ['{"n": 4}'] * 10
+    lines[2] = lines[6] = "{oops"
+    lines[4] = '{"n": -1}'
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    return open_records(SourceConfig(path=str(tmp_path / "rows.jsonl")))
+
+
+def refuse_negative(record: dict, where: str) -> Encoded:
+    if record["n"] < 0:
+        raise DataError(f"{where}: negative")
+    return encode(record, where)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_bad_records_are_counted(tmp_path, world_size):
+    """Up to the limit, broken and refused records are left out, counted and named; one more is the first one's error, on every rank; a
+    cache made with a higher limit does not pass a lower one."""
+    rows = open_rows(tmp_path)
+    strict = build_by(world_size, tmp_path / "strict", rows, encode=refuse_negative)
+    assert all(isinstance(error, DataError) and "rows.jsonl:" in str(error) for error in strict)
+    low = build_by(world_size, tmp_path / "low", rows, encode=refuse_negative, max_bad_records=2)
+    assert all(isinstance(error, DataError) and "rows.jsonl:3:2" in str(error) for error in low)
+    assert all("data.max_bad_records=2" in str(error) for error in low)
+    caches = build_by(world_size, tmp_path / "cache", rows, encode=refuse_negative, max_bad_records=3)
+    for cache in caches:
+        assert (cache.counts.total, cache.counts.bad, cache.counts.kept) == (10, 3, 7)
+        assert cache.indices.tolist() == [0, 1, 3, 5, 7, 8, 9]
+        assert [message.split(": ")[0][-4:] for message in cache.bad] == [":3:2", "nl:5", ":7:2"]
+        assert "3 broken and left out" in cache.summary() and "rows.jsonl:5: negative" in cache.summary()
+    with pytest.raises(DataError, match="rows.jsonl:3:2"):
+        build(tmp_path / "cache", rows, encode=refuse_negative)

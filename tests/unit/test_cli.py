@@ -3,14 +3,17 @@
 import json
 import logging
 import resource
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 import torchft
+from tests.helpers.hub import serve
 from torchft.cli import doctor
-from torchft.cli.main import main
+from torchft.cli.main import VERBS, main
 from torchft.log import get_logger, setup
 
 
@@ -40,6 +43,22 @@ finally:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_is_quick_and_imports_no_torch(verb):
+    """`torchft VERB --help` names its arguments, without torch or huggingface_hub, in less than 0.3 s of CPU time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = f"""import sys
+from torchft.cli.main import main
+try:
+    main(["{verb}", "--help"])
+finally:
+    print([name for name in ("torch", "huggingface_hub", "numpy", "omegaconf") if name in sys.modules])"""
+    out = python(code)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert f"torchft {verb}" in out and out.endswith("[]\n")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+
+
 def test_doctor_reports_versions_devices_and_machine(monkeypatch, capsys):
     """Every part a bug report needs is named; a sound installation ends with 0; --json says the same."""
     versions(monkeypatch, torchft=None, torchft_llm=torchft.__version__)
@@ -58,6 +77,10 @@ def test_doctor_reports_versions_devices_and_machine(monkeypatch, capsys):
         "memory",
         "folder",
         "disk",
+        "malloc",
+        "hub",
+        "tensorboard",
+        "swanlab",
     }
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
@@ -91,6 +114,36 @@ def test_doctor_missing_library_and_unwritable_folder(monkeypatch, tmp_path):
 
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     assert {f.name: f.status for f in doctor.machine(tmp_path)}["folder"] == "error"
+
+
+def test_doctor_asks_the_hub_without_hanging(tmp_path):
+    """A hub that answers, one that refuses, one that says nothing, and none by choice: said within seconds, exit 0."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    with serve({}) as there, silent:
+        cases = {there.port: "answers, no token", 9: "can't be reached", silent.getsockname()[1]: "can't be reached"}
+        for port, words in cases.items():
+            env = there.environment(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{port}")
+            began = time.monotonic()
+            out = subprocess.run(
+                [sys.executable, "-c", "from torchft.cli.doctor import hub; print(hub().text)"], env=env, capture_output=True, text=True
+            )
+            assert words in out.stdout, (out.stdout, out.stderr)
+            assert time.monotonic() - began < 10
+        env = there.environment(tmp_path, HF_HUB_OFFLINE="1")
+        out = subprocess.run(
+            [sys.executable, "-c", "from torchft.cli.doctor import hub; print(hub())"], env=env, capture_output=True, text=True
+        )
+        assert "status='ok'" in out.stdout and "HF_HUB_OFFLINE" in out.stdout
+
+
+def test_doctor_waits_no_longer_for_a_look_up_that_hangs(monkeypatch):
+    """A name server that says nothing is not under the request's own time limit."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # tests ask no network otherwise
+    monkeypatch.setattr(doctor, "_ask", lambda url: time.sleep(30))
+    monkeypatch.setattr(doctor, "HUB_TIMEOUT_S", 0.2)
+    began = time.monotonic()
+    finding = doctor.hub()
+    assert time.monotonic() - began < 5 and finding.status == "warning" and "no answer in 0.2 s" in finding.text
 
 
 def test_unknown_verb_exits_2(capsys):

@@ -202,7 +202,7 @@ def run(loader_of, count: int, world: int, state: dict | None) -> tuple[list[Cou
 def test_any_stops_worlds_and_workers_keep_the_order(mode, kind, stops, worlds, workers):
     """Every mixture with every way of making rows: stopped up to five times over three epochs, resumed on 1, 2 or 3 ranks with 0 to 4
     workers, the samples of each step and the final state are those of one run without a stop."""
-    options = {"packed": {}, "plain": {"packing": False}, "grouped": {"packing": False, "length_grouping": True}, "cut": {"cut": True}}[
+    options = {"packed": {}, "plain": {"packing": False}, "grouped": {"packing": False, "group_by_length": True}, "cut": {"cut": True}}[
         kind
     ]
     total = make_loader(mode, **options).num_steps(3)
@@ -235,7 +235,7 @@ def test_changed_mixture_is_refused():
             make_loader(other).load_state(state)
 
 
-def test_length_grouping_pads_less_and_keeps_all():
+def test_group_by_length_pads_less_and_keeps_all():
     """Grouped, an epoch has the same samples and pads a quarter of what it did, for any window against the size of a step; the steps'
     lengths are shuffled."""
     lengths = np.clip(np.random.default_rng(0).lognormal(3, 1, 600).astype(int), 2, 200).tolist()
@@ -249,7 +249,7 @@ def test_length_grouping_pads_less_and_keeps_all():
                 global_batch_size=8,
                 packing=False,
                 window=window,
-                length_grouping=grouped,
+                group_by_length=grouped,
             )
             batches = [batch for _ in range(loader.steps_per_epoch(0)) for batch in loader.next_step()]
             assert sorted(n.index for b in batches for n in b.ids if n.index >= 0) == list(range(600))
@@ -259,12 +259,12 @@ def test_length_grouping_pads_less_and_keeps_all():
         assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
 
 
-@given(n=st.integers(1, 40), size=st.integers(1, 9), before=st.integers(0, 50), seed=st.none() | st.integers(0, 9))
+@given(n=st.integers(1, 40), size=st.integers(1, 9), before=st.integers(0, 50), last=st.booleans(), seed=st.none() | st.integers(0, 9))
 @settings(max_examples=100, deadline=None)
-def test_groups_hold_every_row_once(n, size, before, seed):
+def test_groups_hold_every_row_once(n, size, before, last, seed):
     """Each position once; rows of one step lie side by side in length: no other row's length is strictly between theirs."""
     lengths = np.random.default_rng(n).integers(1, 99, n)
-    order = group_by_length(lengths, size, before, seed=seed)
+    order = group_by_length(lengths, size, before, last=last, seed=seed)
     assert sorted(order.tolist()) == list(range(n))
     edges = sorted({0, n, *range(-before % size, n, size)})
     for lo, hi in pairwise(edges):

@@ -32,7 +32,7 @@ def test_schedule_by_hand():
 
 
 @given(
-    name=st.sampled_from(["linear", "cosine"]),
+    name=st.sampled_from(["linear", "cosine", "polynomial", "wsd"]),
     num_steps=st.integers(1, 300),
     warmup=st.floats(0, 0.99),
     min_ratio=st.floats(0, 1),
@@ -47,24 +47,93 @@ def test_schedule_ends_exactly_at_its_floor(name, num_steps, warmup, min_ratio, 
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(falling))
 
 
-@pytest.mark.parametrize("warmup", [0, 1, 7])
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "cosine with floor"])
-def test_schedule_equals_transformers(name, warmup):
-    """Our step s is index s of transformers' schedule."""
-    transformers = pytest.importorskip("transformers")
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
-    theirs, cfg = {
-        "constant": (lambda: transformers.get_constant_schedule_with_warmup(optimizer, warmup), ScheduleConfig("constant")),
-        "linear": (lambda: transformers.get_linear_schedule_with_warmup(optimizer, warmup, 40), ScheduleConfig("linear")),
-        "cosine": (lambda: transformers.get_cosine_schedule_with_warmup(optimizer, warmup, 40), ScheduleConfig("cosine")),
-        "cosine with floor": (
-            lambda: transformers.get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, 40, min_lr_rate=0.1),
+def _like(name: str, optimizer: torch.optim.Optimizer, warmup: int) -> tuple:
+    """transformers' schedule of 50 steps, and our config of the same curve."""
+    t = pytest.importorskip("transformers")
+    return {
+        "constant": lambda: (t.get_constant_schedule_with_warmup(optimizer, warmup), ScheduleConfig("constant")),
+        "constant_with_warmup": lambda: (
+            t.get_constant_schedule_with_warmup(optimizer, warmup),
+            ScheduleConfig("constant_with_warmup"),
+        ),
+        "linear": lambda: (t.get_linear_schedule_with_warmup(optimizer, warmup, 50), ScheduleConfig("linear")),
+        "cosine": lambda: (t.get_cosine_schedule_with_warmup(optimizer, warmup, 50), ScheduleConfig("cosine")),
+        "cosine with floor": lambda: (
+            t.get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, 50, min_lr_rate=0.1),
             ScheduleConfig("cosine", min_ratio=0.1),
         ),
-    }[name]
+        "restarts": lambda: (
+            t.get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, warmup, 50, num_cycles=3),
+            ScheduleConfig("cosine_with_restarts", cycles=3),
+        ),
+        "polynomial": lambda: (
+            t.get_polynomial_decay_schedule_with_warmup(optimizer, warmup, 50, lr_end=3e-5, power=2.0),
+            ScheduleConfig("polynomial", power=2.0, min_ratio=0.1),
+        ),
+        "inverse_sqrt": lambda: (t.get_inverse_sqrt_schedule(optimizer, warmup), ScheduleConfig("inverse_sqrt")),
+        "inverse_sqrt scaled": lambda: (
+            t.get_inverse_sqrt_schedule(optimizer, warmup, timescale=20),
+            ScheduleConfig("inverse_sqrt", timescale=20),
+        ),
+        **{
+            f"wsd {decay}": lambda decay=decay: (
+                t.get_wsd_schedule(optimizer, warmup, 10, num_training_steps=50, decay_type=decay),
+                ScheduleConfig("wsd", decay_ratio=0.2, decay=decay),
+            )
+            for decay in ("linear", "cosine", "1-sqrt")
+        },
+    }[name]()
+
+
+CURVES = ["constant", "constant_with_warmup", "linear", "cosine", "cosine with floor", "restarts", "polynomial", "inverse_sqrt"]
+CURVES += ["inverse_sqrt scaled", "wsd linear", "wsd cosine", "wsd 1-sqrt"]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("name", CURVES)
+def test_schedule_equals_transformers(name, warmup):
+    """Our step s is index s of transformers' schedule, for 50 steps."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
+    theirs, cfg = _like(name, optimizer, warmup)
     cfg.warmup_steps = warmup
-    (their_rate,) = theirs().lr_lambdas
-    assert rates(cfg, 40, lr=3e-4) == pytest.approx([3e-4 * their_rate(step) for step in range(1, 41)], rel=1e-12, abs=1e-19)
+    (their_rate,) = theirs.lr_lambdas
+    assert not list(cfg.check())
+    assert rates(cfg, 50, lr=3e-4) == pytest.approx([3e-4 * their_rate(step) for step in range(1, 51)], rel=1e-12, abs=1e-19)
+
+
+def test_wsd_falls_to_its_floor():
+    """Stable until the last 40% of 10 steps, then by equal steps to min_ratio."""
+    assert rates(ScheduleConfig("wsd", decay_ratio=0.4, decay="linear", min_ratio=0.2), 10) == pytest.approx([1] * 6 + [0.8, 0.6, 0.4, 0.2])
+
+
+def test_exponential_and_piecewise_equal_torch():
+    """exponential is torch's ExponentialLR that ends at min_ratio; piecewise with powers of gamma is MultiStepLR."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    exponential = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / 50))
+    got = rates(ScheduleConfig("exponential", min_ratio=0.01), 50, lr=2.0)
+    expected = []
+    for _ in range(50):
+        optimizer.step()
+        exponential.step()
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert got == pytest.approx(expected, rel=1e-12) and got[-1] == 2.0 * 0.01
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 30], gamma=0.5)
+    expected = []
+    for _ in range(50):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        steps.step()
+    assert rates(ScheduleConfig("piecewise", boundaries=[10, 30], factors=[0.5, 0.25]), 50, lr=2.0) == expected
+
+
+def test_shapes_check_their_keys():
+    """Each key of a shape out of range is named."""
+    bad = ScheduleConfig("piecewise", cycles=0, power=0.0, timescale=0, decay_ratio=0.0, boundaries=[3, 2], factors=[-1.0, 1.0])
+    found = [p.key.split(".")[1] for p in bad.check()]
+    assert found == ["cycles", "power", "timescale", "decay_ratio", "boundaries", "factors"]
+    assert [p.key for p in ScheduleConfig("exponential").check()] == ["schedule.min_ratio"]
+    assert [p.key for p in ScheduleConfig("piecewise").check()] == ["schedule.boundaries"]
 
 
 def test_warmup_ratio_is_rounded_up_and_leaves_a_step():

@@ -39,6 +39,15 @@ def test_importing_the_package_imports_nothing():
     assert run(sys.executable, "-c", code).stdout == "['torchft']\n"
 
 
+def test_every_test_that_the_docs_name_exists():
+    """`file::test` in docs/testing.md is a function of a file of that name."""
+    tests = {
+        (path.stem, name) for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", (ROOT / "docs" / "testing.md").read_text())
+    assert len(named) > 40 and not set(named) - tests
+
+
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_house_rules(path):
     """No unsafe calls, no environment reads outside dist.py, no empty words for names, a docstring on top, empty __init__ files."""

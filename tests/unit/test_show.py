@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.tokenizers import make_hf_tokenizer
 from torchft.data.show import as_html, as_json, as_text, show_sample, token_texts
 from torchft.data.templates import build_template
-from torchft.data.tokenize import truncate
+from torchft.data.truncation import truncate
 from torchft.data.types import Encoded, Message
 from torchft.tokenizers.load import load_tokenizer
 

@@ -10,6 +10,7 @@ import torch
 from tests.helpers.toys import ToyParts, fill, fingerprint, toy, toy_optimizer, train
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.manifest import read_manifest, verify
+from torchft.checkpoint.reader import read_index
 from torchft.checkpoint.state import materialise
 from torchft.checkpoint.store import CheckpointConfig, Store
 from torchft.errors import CheckpointError, ConfigError
@@ -351,6 +352,18 @@ def test_weights_only_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         load_weights_only(tmp_path / "run", reshaped(toy("plain", 4)))
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         load_weights_only(tmp_path, toy("plain", 4))
+
+
+def test_a_model_only_checkpoint_is_small_and_refuses_to_go_on(tmp_path: Path) -> None:
+    """It verifies, holds no optimizer state and starts another run; a resume says what to do."""
+    source, _, _ = save_steps(tmp_path, 2, model_only=True)
+    newest = tmp_path / "step_00000002"
+    assert not verify(newest, "full") and read_index(newest / "optimizer") == {} and read_index(newest / "model")
+    parts = toy("plain", 4)
+    load_weights_only(newest, parts)
+    assert all(param.equal(source.named[name]) for name, param in parts.named.items())
+    with pytest.raises(CheckpointError, match="checkpoint.load="):
+        make(tmp_path, seed=1)[2].resume()
 
 
 def test_state_that_is_no_json_fails_the_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

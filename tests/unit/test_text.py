@@ -76,10 +76,10 @@ def test_digest_tells_what_the_documents_are(tmp_path):
     [
         ("a.txt", b"fine\nbad \xff", r"a.txt:2:5: the byte 0xff is not UTF-8"),
         ("a.txt", b"\xff\xfea\x00", "UTF-16"),
-        ("a.txt", b"\x1f\x8b\x08", "gzip"),
+        ("a.txt.gz", b"\x1f\x8b\x08", "damaged or cut compressed"),
         ("a.txt", b" \n", "no record"),
         ("a.txt", b"", "no record"),
-        ("a.csv", b"text\n", "told by the name's ending"),
+        ("a.doc", b"text\n", "told by the name's ending"),
         ("a.jsonl", b'{"text": "a"}\n{"text": }\n', "a.jsonl:2"),
     ],
 )

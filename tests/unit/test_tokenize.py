@@ -5,7 +5,7 @@ import pytest
 
 from tests.helpers.tokenizers import make_hf_tokenizer, make_sp_tokenizer
 from torchft.data.templates import build_template
-from torchft.data.tokenize import describe, encode_record, truncate
+from torchft.data.tokenize import describe, encode_record
 from torchft.data.types import Encoded
 from torchft.errors import DataError
 from torchft.tokenizers.load import load_tokenizer
@@ -44,30 +44,6 @@ def test_history_is_trained(tokenizer):
     record = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
     text = describe(encode_record(record, "x", format="alpaca", template=template), tokenizer, color=False)
     assert "«b<|im_end|>»" in text and "«d<|im_end|>»" in text and text.count("«") == 2
-
-
-def test_truncation():
-    """Samples that fit stay; else error names row and lengths, drop drops, left keeps the end, right keeps the beginning."""
-    one = sample([0, 0, 1, 1, 1])
-    for policy in ("error", "drop", "left", "right"):
-        assert truncate(one, 5, policy, "x").ids.tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(DataError, match=r"a.jsonl:3: given 5 tokens, expected at most data.seq_len=4"):
-        truncate(one, 4, "error", "a.jsonl:3")
-    assert truncate(one, 4, "drop", "x") is None
-    left, right = truncate(one, 3, "left", "x"), truncate(one, 3, "right", "x")
-    assert left.ids.tolist() == [2, 3, 4] and left.weights.tolist() == [0, 1, 1]  # the first is predicted by nothing
-    assert right.ids.tolist() == [0, 1, 2] and right.weights.tolist() == [0, 0, 1]
-    assert one.weights.tolist() == [0, 0, 1, 1, 1]  # the given sample is left alone
-
-
-@pytest.mark.parametrize("policy", ["error", "drop", "left", "right"])
-def test_nothing_left_to_train(policy):
-    """A sample without a trained token that something predicts is None, cut or not."""
-    assert truncate(sample([0, 0, 0]), 3, policy, "x") is None
-    assert truncate(sample([1, 0, 0]), 3, policy, "x") is None
-    if policy in ("left", "right"):
-        assert truncate(sample([0, 0, 1, 0, 0][:: 1 if policy == "right" else -1]), 2, policy, "x") is None
-        assert truncate(sample([0, 0, 0, 1]), 1, policy, "x") is None
 
 
 def test_describe(tokenizer):

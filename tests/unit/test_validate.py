@@ -75,6 +75,17 @@ def test_each_problem_by_itself(argv, setting, num_processes, key):
     assert found and any(key in text for text in found), found
 
 
+def test_the_config_of_another_machine(argv):
+    """FlexAttention is refused on this CPU and accepted for the CUDA device that the config names; so is variable-length attention, but
+    not for sampling, which needs a cache."""
+    assert keys(problems([*argv, "model.attention=flex", "device=cpu"])) == {"model.attention"}
+    spec = ["model.path=null", "model.family=llama", "model.spec={hidden_size: 64, intermediate_size: 96, num_layers: 2, num_heads: 4}"]
+    assert "model.attention" not in keys(problems([*argv, *spec, "model.attention=flex", "device=cuda"]))
+    varlen = [*argv, *spec, "model.attention=varlen", "device=cuda", "precision.compute=bf16"]
+    assert not {"model.attention", "validate.prompts"} & keys(problems(varlen))
+    assert "validate.prompts" in keys(problems([*varlen, "validate.prompts=[Hi]"]))
+
+
 def test_a_tokenizer_of_another_model(argv, tmp_path):
     """A tokenizer with more ids than the model's vocabulary, which would only fail at some later token."""
     folder = make_model(tmp_path / "big")

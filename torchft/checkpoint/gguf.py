@@ -1,47 +1,32 @@
-"""GGUF files (llama.cpp) of the llama architecture, read as config.json and weights by our names, tensor by tensor.
+"""GGUF files (llama.cpp), read as config.json and weights by our names, tensor by tensor.
 
-    metadata llama.* --> config.json --> ModelSpec
+    metadata qwen2.* --gguf_arch.py--> config.json --> ModelSpec
     blk.N.attn_q.weight --dequantise to fp32--> rows in neighbouring pairs --un-permute--> layers.N.self_attn.q_proj.weight
 
-llama.cpp stores the rows of q and k as neighbouring rotary pairs; here, as in HF, a pair is i and i + head_dim / 2. Metadata of the
-architecture that nobody reads is an error, as in config.json: a Mixtral says `llama` too. Needs the `gguf` package (extra `gguf`).
+In the architecture `llama` the rows of q and k are neighbouring rotary pairs; here, as in HF, a pair is i and i + head_dim / 2. Gemma's
+norms hold 1 + weight. Metadata of the architecture that nobody reads is an error, as in config.json: a Mixtral says `llama` too. Needs
+the `gguf` package (extra `gguf`).
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchft.checkpoint.assets import Assets
+from torchft.checkpoint.fused import part_of
+from torchft.checkpoint.gguf_arch import ARCHITECTURES, ROPE_FACTORS, read_config_of
 from torchft.checkpoint.hf import Weights, check_shapes, weight_shapes
 from torchft.checkpoint.tensor_files import LazyTensor
 from torchft.errors import CheckpointError, ConfigError
 from torchft.models.build import spec_from_config
-from torchft.models.hf_config import HfConfig
-from torchft.models.keys import Drop, Rename, map_from_hf, require
+from torchft.models.hf_rope import write_rope
+from torchft.models.keys import map_from_hf, require
 from torchft.models.layers.rope import inverse_frequencies
 from torchft.models.spec import ModelSpec, RopeScaling, RopeSpec
 from torchft.tokenizers.gguf import tokenizer_files
-
-ROPE_FACTORS = "rope_freqs.weight"  # divisors of the frequencies: what llama.cpp makes of Llama 3.1's scaling
-KEYS = (
-    Drop(ROPE_FACTORS, "read as rope scaling"),
-    Rename("token_embd.weight", "embed_tokens.weight"),
-    Rename("blk.*.attn_norm.weight", "layers.*.input_layernorm.weight"),
-    Rename("blk.*.ffn_norm.weight", "layers.*.post_attention_layernorm.weight"),
-    Rename("blk.*.attn_q.*", "layers.*.self_attn.q_proj.*"),
-    Rename("blk.*.attn_k.*", "layers.*.self_attn.k_proj.*"),
-    Rename("blk.*.attn_v.*", "layers.*.self_attn.v_proj.*"),
-    Rename("blk.*.attn_output.*", "layers.*.self_attn.o_proj.*"),
-    Rename("blk.*.ffn_gate.*", "layers.*.mlp.gate_proj.*"),
-    Rename("blk.*.ffn_up.*", "layers.*.mlp.up_proj.*"),
-    Rename("blk.*.ffn_down.*", "layers.*.mlp.down_proj.*"),
-    Rename("output_norm.weight", "norm.weight"),
-    Rename("output.weight", "lm_head.weight"),
-)
 
 
 class GgufFile:
@@ -51,17 +36,17 @@ class GgufFile:
         self.path = Path(path)
         fields, self._tensors = _open(self.path)
         self._metadata = {key: value for key, value in fields.items() if not key.startswith("GGUF.")}
-        architecture = self._metadata.get("general.architecture")
-        if architecture != "llama":
-            raise CheckpointError(
-                f"{path} is of architecture {architecture!r}\n  expected: 'llama'\n  fix: take the model's HF folder instead"
-            )
+        name = self._metadata.get("general.architecture")
+        if name not in ARCHITECTURES:
+            expected = f"one of {', '.join(ARCHITECTURES)}"
+            raise CheckpointError(f"{path} is of architecture {name!r}\n  expected: {expected}\n  fix: take the model's HF folder instead")
+        self._architecture = ARCHITECTURES[name]
         if self._metadata.get("split.count", 1) != 1:
             raise CheckpointError(
                 f"{path} is one part of {self._metadata['split.count']}\n  fix: merge them: llama-gguf-split --merge FIRST OUT"
             )
         try:
-            self.config = self._config()
+            self.config = self._config(name)
             self.spec: ModelSpec = spec_from_config(self.config, where=str(path))
         except ConfigError as error:
             raise ConfigError(f"{path}: metadata of a model that can't be run\n{error}") from None
@@ -74,57 +59,30 @@ class GgufFile:
     def weights(self) -> Weights:
         """All weights, in fp32 when read."""
         shapes = weight_shapes(self.spec)
-        keys = map_from_hf(KEYS, self._tensors, shapes, where=str(self.path))
-        require(keys, KEYS, where=str(self.path))
-        tensors = {name: self._lazy(name, keys.hf_of[name]) for name in shapes}
+        rules = self._architecture.keys
+        keys = map_from_hf(rules, self._tensors, shapes, where=str(self.path))
+        require(keys, rules, where=str(self.path))
+        parts = {name: part_of(self._lazy(at.name), at, name, shapes) for name in shapes if (at := keys.stored[name])}
+        tensors = {name: self._in_our_order(name, tensor) for name, tensor in parts.items()}
         check_shapes(tensors, shapes, where=str(self.path))
         return Weights(tensors, dropped=keys.dropped)
 
-    def _lazy(self, ours: str, name: str) -> LazyTensor:
-        attention = self.spec.attention
-        heads = {"q_proj": attention.num_heads, "k_proj": attention.num_kv_heads}.get(ours.split(".")[-2])
+    def _lazy(self, name: str) -> LazyTensor:
         tensor = self._tensors[name]
-        shape = tuple(int(n) for n in reversed(tensor.shape))
+        shape = _shape(tensor)
+        return LazyTensor(shape, torch.float32, lambda part: _dequantise(tensor, self.path).reshape(shape)[part])
 
-        def read(part: tuple[slice, ...]) -> Tensor:
-            whole = _dequantise(tensor, self.path).reshape(shape)
-            return (whole if heads is None else unpermute(whole, heads))[part]
+    def _in_our_order(self, ours: str, stored: LazyTensor) -> LazyTensor:
+        heads = paired_heads(self._architecture.pairs, self.spec, ours)
+        if heads is not None:
+            return LazyTensor(stored.shape, stored.dtype, lambda part: unpermute(stored.read(()), heads)[part])
+        if self._architecture.unit_norms and is_norm(ours):
+            return LazyTensor(stored.shape, stored.dtype, lambda part: stored.read(part) - 1)
+        return stored
 
-        return LazyTensor(shape, torch.float32, read)
-
-    def _config(self) -> dict[str, Any]:
+    def _config(self, name: str) -> dict[str, Any]:
         """The metadata in the words of config.json."""
-        read = HfConfig({key: value for key, value in self._metadata.items() if key.startswith("llama.")})
-        num_heads, hidden_size = read.integer("llama.attention.head_count"), read.integer("llama.embedding_length")
-        head_dim = read.integer("llama.attention.key_length", hidden_size // num_heads)
-        read.choice("llama.attention.value_length", (head_dim,), head_dim)
-        read.choice("llama.rope.dimension_count", (head_dim,), head_dim)
-        read.choice("llama.expert_count", (0,), 0)
-        read.choice("llama.expert_used_count", (0,), 0)
-        embedding = self._tensors.get("token_embd.weight")
-        config = {
-            "model_type": "llama",
-            "vocab_size": 0 if embedding is None else int(embedding.shape[-1]),
-            "hidden_size": hidden_size,
-            "intermediate_size": read.integer("llama.feed_forward_length"),
-            "num_hidden_layers": read.integer("llama.block_count"),
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": read.integer("llama.attention.head_count_kv", num_heads),
-            "head_dim": head_dim,
-            "max_position_embeddings": read.integer("llama.context_length"),
-            "rms_norm_eps": _shortest(read.number("llama.attention.layer_norm_rms_epsilon")),
-            "rope_theta": _shortest(read.number("llama.rope.freq_base", 10000.0)),
-            "tie_word_embeddings": "output.weight" not in self._tensors,
-            "attention_bias": "blk.0.attn_q.bias" in self._tensors,
-            "mlp_bias": "blk.0.ffn_down.bias" in self._tensors,
-        }
-        read.choice("llama.vocab_size", (config["vocab_size"],), config["vocab_size"])
-        kind, factor = read.choice("llama.rope.scaling.type", ("none", "linear"), "none"), read.number("llama.rope.scaling.factor", 1.0)
-        read.boolean("llama.rope.scaling.finetuned", False)
-        read.integer("llama.rope.scaling.original_context_length", 1)
-        read.finish()
-        if kind == "linear" and factor != 1.0:
-            config["rope_scaling"] = {"rope_type": "linear", "factor": _shortest(factor)}
+        config = read_config_of(name, self._metadata, {key: _shape(tensor) for key, tensor in self._tensors.items()})
         if ROPE_FACTORS in self._tensors:
             config["rope_scaling"] = self._llama3_scaling(config)
         ids = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
@@ -138,9 +96,18 @@ class GgufFile:
         expected = inverse_frequencies(RopeSpec(base), head_dim) / inverse_frequencies(RopeSpec(base, scaling), head_dim)
         if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
             raise CheckpointError(f"{self.path}: {ROPE_FACTORS} is no llama3 rope scaling\n  fix: take the model's HF folder instead")
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        section = {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": low, "high_freq_factor": high}
-        return section | {"original_max_position_embeddings": scaling.original_max_seq_len}
+        return write_rope(RopeSpec(base, scaling))["rope_scaling"]
+
+
+def paired_heads(pairs: bool, spec: ModelSpec, ours: str) -> int | None:
+    """The number of heads of a weight whose rows an architecture with `pairs` stores as rotary pairs, or None."""
+    heads = {"q_proj": spec.attention.num_heads, "k_proj": spec.attention.num_kv_heads}
+    return heads.get(ours.split(".")[-2]) if pairs else None
+
+
+def is_norm(ours: str) -> bool:
+    """True for the weight of a norm, the final one and those of q and k included."""
+    return ours.endswith("norm.weight")
 
 
 def unpermute(x: Tensor, num_heads: int) -> Tensor:
@@ -166,6 +133,10 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from None
 
 
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
 def _dequantise(tensor: Any, path: Path) -> Tensor:
     from gguf.quants import dequantize
 
@@ -177,8 +148,3 @@ def _dequantise(tensor: Any, path: Path) -> Tensor:
             f"{path}: {tensor.name} is stored as {kind}, which can't be dequantised\n  fix: take another quantisation"
         ) from None
     return torch.from_numpy(values.astype("float32", copy=True))
-
-
-def _shortest(value: float) -> float:
-    """The number whose fp32 this is: 1e-05 and not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))

@@ -49,9 +49,14 @@ def load_training(folder: Path, parts: HasParameters, optimizer: Optimizer, base
     """Fills the trainable parameters and the optimizer; state.json's content.
 
     Raises CheckpointError with a table, nothing changed, if the checkpoint is not of this model, optimizer, set of trainable
-    parameters or frozen base.
+    parameters or frozen base; and if it holds the model alone.
     """
     manifest, state = read_checkpoint(folder)
+    if state.get("model_only"):
+        raise CheckpointError(
+            f"{folder} can't be resumed\n  given:    the weights alone (checkpoint.model_only)\n  expected: optimizer state as well\n"
+            f"  fix:      start a new run from its weights: checkpoint.load={folder} with another output_dir"
+        )
     saved = state["optimizer"]
     fresh = agreed(lambda: states.materialise(optimizer))
     try:

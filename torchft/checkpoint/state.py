@@ -77,7 +77,14 @@ def optimizer_tensors(optimizer: Optimizer, without: Iterable[str] = ()) -> dict
     if set(optimizer.state) - {param for params in holders.values() for param in params}:
         raise CheckpointError(f"{type(optimizer).__name__} keeps state that belongs to no parameter of its groups: it can't be saved")
     states = {name: optimizer.state.get(params[0], {}) for name, params in holders.items() if name not in without}
-    return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items() if torch.is_tensor(value)}
+    split = getattr(optimizer, "split_state", lambda key, value: {key: value})  # quantised state names its plain tensors
+    return {
+        f"{name}.{part}": tensor
+        for name, state in states.items()
+        for key, value in state.items()
+        if torch.is_tensor(value)
+        for part, tensor in split(key, value).items()
+    }
 
 
 def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -61,6 +61,7 @@ class CheckpointConfig:
     best_by: str | None = None  # metric that picks the checkpoint `best`, such as val/<name>/loss
     best_mode: str = "min"  # min or max: which value of best_by is better
     verify: str = "full"  # before loading: full hashes every file (shared among the ranks), quick compares sizes only
+    model_only: bool = False  # save the weights alone, no optimizer state: small, but no run can go on from it, only start by `load`
     overwrite: bool = False  # with resume=none: delete the checkpoints that output_dir holds; otherwise they are an error
 
     def check(self) -> Iterator[Problem]:
@@ -203,11 +204,13 @@ class Store:
         """What this rank has to save: tensors by part, its description of the optimizer, the rest of state.json."""
         extra = self.extra_state()
         encode_json(extra)  # what can't be written fails here, before anything is
-        tensors = {"model": states.model_tensors(self.parts), "optimizer": states.optimizer_tensors(self.optimizer)}
+        optimizer = {} if self.cfg.model_only else states.optimizer_tensors(self.optimizer)
+        tensors = {"model": states.model_tensors(self.parts), "optimizer": optimizer}
         return tensors, states.describe_optimizer(self.optimizer, self._initial_options), extra
 
     def _own_state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        return {"optimizer": optimizer, "trainable": states.names_hash(self.parts.trainable), "base": self.base}
+        trainable = states.names_hash(self.parts.trainable)
+        return {"optimizer": optimizer, "trainable": trainable, "base": self.base, "model_only": self.cfg.model_only}
 
     def _settle(self, step: int) -> None:
         """latest, best, retention. The checkpoint is there already, so a failure here is a warning."""

@@ -1,4 +1,4 @@
-"""`torchft doctor`: is this installation fit to train? Versions, devices, disk, memory, and the clash with another project's package.
+"""`torchft doctor`: is this installation fit to train? Versions, devices, cores, memory, disk, the hub, and another project's package.
 
 PyPI's `torchft` is Meta's fault-tolerance package. Ours is distributed as `torchft-llm`, but both own the import name `torchft`:
 installed side by side they overwrite each other's files. That, a missing torch or a folder one can't write to, ends with exit 1.
@@ -10,8 +10,12 @@ import importlib.util
 import json
 import os
 import platform
+import queue
 import shutil
 import tempfile
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +24,10 @@ from typing import Literal
 import torchft
 
 DISTRIBUTION, OTHER = "torchft-llm", "torchft"
-LIBRARIES = ("torchao", "safetensors", "tokenizers", "sentencepiece", "tiktoken", "omegaconf")
-OPTIONAL = ("transformers", "gguf", "datasets")
+LIBRARIES = ("torchao", "safetensors", "tokenizers", "sentencepiece", "tiktoken", "omegaconf", "huggingface_hub")
+OPTIONAL = ("transformers", "gguf", "datasets", "tensorboard", "wandb", "mlflow", "swanlab")
+HUB_TIMEOUT_S = 3.0  # name look-up included
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # glibc: from which size on blocks go back to the system
 LOW_DISK_GIB = 5.0
 GIB = 2**30
 
@@ -48,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for finding in findings:
             mark = "" if finding.status == "ok" else f"{finding.status.upper()}: "
-            print(f"{finding.name:<14} {mark}{finding.text}")
+            print(f"{finding.name:<16} {mark}{finding.text}")
     return int(failed)
 
 
@@ -63,6 +69,9 @@ def examine() -> Iterator[Finding]:
     for library in OPTIONAL:
         yield Finding(library, "ok", version_of(library) or "not installed (optional)")
     yield from machine(Path.cwd())
+    yield allocator()
+    if version_of("huggingface_hub"):
+        yield hub()
 
 
 def installation() -> Finding:
@@ -106,7 +115,8 @@ def machine(folder: Path) -> Iterator[Finding]:
     """Cores, memory, and the folder that runs would be written to."""
     pages = os.sysconf("SC_PAGE_SIZE") / GIB
     total, free = os.sysconf("SC_PHYS_PAGES") * pages, os.sysconf("SC_AVPHYS_PAGES") * pages
-    yield Finding("cpu", "ok", f"{os.cpu_count()} cores")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("cpu", "ok", f"{os.cpu_count()} cores, {usable} usable by this process")
     yield Finding("memory", "ok", f"{total:.1f} GiB, {free:.1f} GiB unused")
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -116,6 +126,45 @@ def machine(folder: Path) -> Iterator[Finding]:
     left = shutil.disk_usage(folder).free / GIB
     low = left < LOW_DISK_GIB
     yield Finding("disk", "warning" if low else "ok", f"{left:.1f} GiB free" + (": little for checkpoints" if low else ""))
+
+
+def allocator() -> Finding:
+    """The C library, and whether its malloc's thresholds are set: they decide if every step asks the system for its pages again."""
+    from torchft.dist import environment
+
+    name, version = platform.libc_ver()
+    given = ", ".join(f"{variable}={environment(variable)}" for variable in MALLOC if environment(variable))
+    thresholds = f", {given or ' and '.join(MALLOC) + ' not set'}" if name == "glibc" else ""
+    return Finding("malloc", "ok", f"{name or 'C library'} {version}".strip() + thresholds)
+
+
+def hub() -> Finding:
+    """Whether the Hugging Face hub answers; within HUB_TIMEOUT_S, whatever the network does."""
+    from huggingface_hub import constants, get_token
+
+    login = "with a token" if get_token() else "no token (only public models)"
+    if constants.HF_HUB_OFFLINE:
+        return Finding("hub", "ok", "switched off by HF_HUB_OFFLINE: models from the cache or from folders")
+    answers: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=lambda: answers.put(_ask(constants.ENDPOINT)), daemon=True).start()
+    try:
+        problem = answers.get(timeout=HUB_TIMEOUT_S)
+    except queue.Empty:
+        problem = f"no answer in {HUB_TIMEOUT_S:g} s"
+    if problem:
+        return Finding("hub", "warning", f"{constants.ENDPOINT} can't be reached ({problem}): models from the cache or from folders alone")
+    return Finding("hub", "ok", f"{constants.ENDPOINT} answers, {login}")
+
+
+def _ask(url: str) -> str:
+    """Why there is no answer; "" if there is one, be it an error page."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT_S):
+            return ""
+    except urllib.error.HTTPError:
+        return ""
+    except (OSError, ValueError) as error:  # URLError is an OSError
+        return str(getattr(error, "reason", error))
 
 
 def version_of(distribution: str) -> str | None:

@@ -1,9 +1,9 @@
-"""Two configs side by side: the keys whose values differ, includes followed, defaults left out.
+"""Configs side by side: the keys whose values differ; of files, includes are followed and defaults left out.
 
 a.yaml    optim.lr  1e-5          b/ (a run folder: its config.yaml)    optim.lr  2e-5          -> ("optim.lr", "1e-5", "2e-5")
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,15 @@ class Difference(NamedTuple):
 
 def compare_configs(a: str, b: str) -> list[Difference]:
     """a, b: a config's name or path, or a run folder. Raises ConfigError for one that is not there or not YAML."""
-    left, right = (dict(_leaves(file_layer(config_path(name)).tree)) for name in (a, b))
-    keys = [*left, *(key for key in right if key not in left)]
-    pairs = (Difference(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys)
-    return [pair for pair in pairs if pair.a != pair.b]
+    found = differing_keys([file_layer(config_path(name)).tree for name in (a, b)])
+    return [Difference(key, *values) for key, values in found.items()]
+
+
+def differing_keys(trees: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Plain configs: key -> its value in each of them, as text, where they are not all alike."""
+    flat = [dict(_leaves(tree)) for tree in trees]
+    rows = {key: [config.get(key, ABSENT) for config in flat] for key in dict.fromkeys(key for config in flat for key in config)}
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
 
 def config_path(name: str) -> Path:

@@ -80,6 +80,11 @@ def save_config(cfg: Any, path: str | Path) -> None:
     Path(path).write_text(config_yaml(cfg), encoding="utf-8")
 
 
+def read_saved(path: str | Path) -> dict[str, Any]:
+    """A saved config.yaml as plain dicts, lists and scalars, references as written; empty if the file does not exist."""
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False) if Path(path).is_file() else {}  # type: ignore[return-value]
+
+
 @cache
 def field_comments(cls: type) -> dict[str, str]:
     """The trailing comment of each field, read from the source of the class and of its bases; empty where there is no source."""

@@ -32,6 +32,7 @@ from torchft.data.types import Encoded
 from torchft.errors import DataError
 
 VERSION = 2  # of the folder's layout
+SHOWN_BAD = 5  # broken records named in the summary
 FILES = ("ids", "weights", "offsets", "indices")
 CHUNK = 2**22  # entries copied at once when parts are joined
 
@@ -43,13 +44,13 @@ class Records(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, lo: int, hi: int) -> Iterator[tuple[int, dict, str]]:
-        """(index, record, "file:line") for lo <= index < hi."""
+    def read(self, lo: int, hi: int, on_bad: Callable[[DataError], None] | None = None) -> Iterator[tuple[int, dict, str]]:
+        """(index, record, "file:line") for lo <= index < hi; a record that can't be read goes to on_bad, or is raised without it."""
         ...
 
 
 Encode = Callable[[dict, str], Encoded | tuple[Encoded, ...] | None]  # a tuple: a unit; None: nothing to train on
-Row = tuple[int, Encoded | tuple[Encoded, ...] | None, str]  # record number, what it became, "file:line"
+Row = tuple[int, Encoded | tuple[Encoded, ...] | DataError | None, str]  # record number, what it became, "file:line"
 Truncate = Callable[[Encoded, str], Encoded | None]  # to data.seq_len by data.truncation; None: dropped
 
 
@@ -58,7 +59,7 @@ class CacheKey:
     """All that decides a source's tokens. Caches with equal keys hold equal arrays."""
 
     source: str  # digest of the files' contents
-    format: str  # record format and its options
+    format: str  # how records become tokens: the masks; or that they are text
     tokenizer: str  # digest
     template: str  # digest
     seq_len: int
@@ -77,6 +78,7 @@ class Counts:
 
     total: int = 0
     kept: int = 0
+    bad: int = 0  # left out: a record that can't be read
     untrained: int = 0  # dropped: no trained token even at full length
     too_long: int = 0  # dropped by truncation, or no trained token left after it
     truncated: int = 0  # kept, but shortened
@@ -101,6 +103,7 @@ class TokenCache:
     indices: np.ndarray  # (samples,) int64
     size: int = 1  # sequences of a sample
     places: np.ndarray | None = None  # (samples,) int64: of a part of a cache, which of the arrays' samples are its own
+    bad: tuple[str, ...] = ()  # what is wrong with the first records left out
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -124,7 +127,7 @@ class TokenCache:
         here = slice(start + lo, start + hi)
         after = start + hi
         follower = (int(self.ids[after]), float(self.weights[after])) if after < end else None
-        return Encoded(np.array(self.ids[here]), self.weights[here].astype(np.float32), follower)
+        return Encoded(np.array(self.ids[here]), self.weights[here].astype(np.float32), follower, lo)
 
     def part(self, places: np.ndarray, name: str, counts: Counts) -> "TokenCache":
         """Some of the samples as a cache of their own, over the same arrays. counts: of the part."""
@@ -139,8 +142,14 @@ class TokenCache:
         """One line: what is in it, and what was left out."""
         c = self.counts
         line = f"{self.name}: {c.kept} of {c.total} samples, {c.tokens} tokens, {c.trained} trained"
-        left_out = {"dropped as too long": c.too_long, "dropped without trained tokens": c.untrained, "truncated": c.truncated}
-        return "; ".join([line, *(f"{n} {what}" for what, n in left_out.items() if n)])
+        left_out = {
+            "broken and left out": c.bad,
+            "dropped as too long": c.too_long,
+            "dropped without trained tokens": c.untrained,
+            "truncated": c.truncated,
+        }
+        counted = "; ".join([line, *(f"{n} {what}" for what, n in left_out.items() if n)])
+        return "\n  broken: ".join([counted, *self.bad])
 
 
 def build_cache(
@@ -154,6 +163,7 @@ def build_cache(
     world_size: int = 1,
     run: str | None = None,
     max_dropped_share: float = 1.0,
+    max_bad_records: int = 0,
     timeout_s: float = 600.0,
     threads: int = 1,
     report: Callable[[str], None] = print,
@@ -161,9 +171,9 @@ def build_cache(
     """The cache of `records` under `folder`, tokenised by all ranks unless it is there already. Call it on every rank.
 
     run: a word shared by this run's ranks and by no other run; None: rank 0 of the process group makes one up.
-    max_dropped_share: an error if a larger share of the samples was dropped. timeout_s: an error after so long without progress on
-    any rank. threads: that encode on each rank. report: gets progress lines and the summary, on rank 0 only. Raises DataError, the same
-    on every rank.
+    max_dropped_share: an error if a larger share of the samples was dropped. max_bad_records: so many that can't be read are left out
+    and counted; one more is an error, the first one's. timeout_s: an error after so long without progress on any rank. threads: that
+    encode on each rank. report: gets progress lines and the summary, on rank 0 only. Raises DataError, the same on every rank.
     """
     assert run or world_size == dist.world_size(), f"without a process group of {world_size} the ranks need a common `run`"
     run = run or dist.broadcast_object(uuid.uuid4().hex)
@@ -175,13 +185,15 @@ def build_cache(
         label = f"tokenising {records.name}"
         build = SharedBuild(final, run, label=label, total=n, rank=rank, world_size=world_size, timeout_s=timeout_s, report=tell)
         build.run(
-            lambda part, beat: _write_part(part, _encoded(records.read(lo, hi), encode, threads), truncate, beat),
+            lambda part, beat: _write_part(part, records, (lo, hi), encode, truncate, max_bad_records, threads, beat),
             lambda parts, out, beat: _join_parts(parts, out, records.name, key, beat),
         )
     cache = open_cache(final)
     if tell:
         tell(cache.summary())
-    if cache.counts.total - cache.counts.kept > max_dropped_share * cache.counts.total:
+    if cache.counts.bad > max_bad_records:
+        raise DataError(cache.bad[0] + _limit_of_bad(max_bad_records))
+    if cache.counts.total - cache.counts.bad - cache.counts.kept > max_dropped_share * cache.counts.total:
         raise DataError(_dropped_message(cache.name, cache.counts, key, f" (data.max_dropped_share={max_dropped_share:g})"))
     return cache
 
@@ -197,22 +209,46 @@ def open_cache(folder: Path) -> TokenCache:
         expected = {"ids": counts.tokens, "weights": counts.tokens, "offsets": counts.kept * size + 1, "indices": counts.kept}
         if sizes != expected:
             raise ValueError(f"sizes {sizes}, expected {expected}")
-        return TokenCache(name=meta["name"], hash=meta["hash"], key=CacheKey(**meta["key"]), counts=counts, size=size, **arrays)
+        facts = {"name": meta["name"], "hash": meta["hash"], "size": size, "bad": tuple(meta["bad"])}
+        return TokenCache(key=CacheKey(**meta["key"]), counts=counts, **facts, **arrays)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: damaged cache ({error}): delete this folder, it is built again from the source") from error
 
 
-def _encoded(rows: Iterator[tuple[int, dict, str]], encode: Encode, threads: int) -> Iterator[Row]:
-    return map_ahead(lambda row: (row[0], encode(row[1], row[2]), row[2]), rows, workers=threads)
-
-
-def _write_part(part: Path, rows: Iterator[Row], truncate: Truncate | None, beat: Beat) -> None:
+def _write_part(
+    part: Path,
+    records: Records,
+    slice_: tuple[int, int],
+    encode: Encode,
+    truncate: Truncate | None,
+    max_bad_records: int,
+    threads: int,
+    beat: Beat,
+) -> None:
     """Tokenises a slice into raw arrays: a part is read back by this run alone."""
-    counts, lengths, indices, binary, size = Counts(), array("q"), array("q"), True, 0
+    counts, lengths, indices, binary, size, bad = Counts(), array("q"), array("q"), True, 0, []
+
+    def note(error: DataError) -> None:
+        counts.total, counts.bad = counts.total + 1, counts.bad + 1
+        bad.append(str(error))
+        if counts.bad > max_bad_records:
+            raise DataError(bad[0] + _limit_of_bad(max_bad_records)) from error
+
+    def encoded(row: tuple[int, dict, str]) -> Row:
+        index, record, where = row
+        try:
+            return index, encode(record, where), where
+        except DataError as error:
+            return index, error, where
+
+    rows = records.read(*slice_, note) if max_bad_records else records.read(*slice_)
     with open(part / "ids", "wb") as ids, open(part / "weights", "wb") as weights:
-        for index, encoded, where in rows:
+        for index, made, where in map_ahead(encoded, rows, workers=threads):
             beat(counts.total)
-            unit = keep(encoded, truncate, where, counts)
+            if isinstance(made, DataError):
+                note(made)
+                continue
+            unit = keep(made, truncate, where, counts)
             for sequence in unit:
                 ids.write(sequence.ids.astype(np.int32).tobytes())
                 weights.write(sequence.weights.astype(np.float32).tobytes())
@@ -225,7 +261,11 @@ def _write_part(part: Path, rows: Iterator[Row], truncate: Truncate | None, beat
     beat(counts.total)
     (part / "lengths").write_bytes(lengths.tobytes())
     (part / "indices").write_bytes(indices.tobytes())
-    (part / "counts.json").write_text(json.dumps({"counts": asdict(counts), "binary": binary, "size": size}))
+    (part / "counts.json").write_text(json.dumps({"counts": asdict(counts), "binary": binary, "size": size, "bad": bad[:SHOWN_BAD]}))
+
+
+def _limit_of_bad(limit: int) -> str:
+    return f"\n  and more than data.max_bad_records={limit} such records: mend them, or raise it to leave them out" if limit else ""
 
 
 def keep(encoded: Encoded | tuple[Encoded, ...] | None, truncate: Truncate | None, where: str, counts: Counts) -> tuple[Encoded, ...]:
@@ -278,6 +318,7 @@ def _join_parts(parts: list[Path], out: Path, name: str, key: CacheKey, beat: Be
     digest.update(offsets)
     np.save(out / "offsets.npy", offsets)
     meta = {"name": name, "hash": digest.hexdigest(), "key": asdict(key), "counts": asdict(counts), "size": size}
+    meta["bad"] = [message for note in notes for message in note["bad"]][:SHOWN_BAD]
     (out / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -294,6 +335,6 @@ def _dropped_message(name: str, counts: Counts, key: CacheKey, limit: str = "") 
     dropped = f"{counts.total - counts.kept} of" if counts.kept else "all"
     return (
         f"{name}: {dropped} {counts.total} samples were dropped{limit}: {counts.too_long} truncated away at data.seq_len={key.seq_len} "
-        f"(data.truncation={key.truncation}), {counts.untrained} without trained tokens. Raise data.seq_len or choose another "
-        "data.truncation; for samples without trained tokens check the source's format and the template"
+        f"(data.truncation={key.truncation}), {counts.untrained} without trained tokens, {counts.bad} broken. Raise data.seq_len or "
+        "choose another data.truncation; for samples without trained tokens check the source's format and the template"
     )

@@ -17,7 +17,7 @@ def check_data(cfg: Any) -> Iterator[Problem]:
         yield Problem("data.train", "no source", "at least one source", "add one, e.g. data.train=[{path: FILE}]")
     if cfg.seq_len < 2:
         yield Problem("data.seq_len", str(cfg.seq_len), "at least 2", "use the length of your samples in tokens, e.g. 2048")
-    for key, least, default in (("window", 1, 4096), ("workers", 0, 1), ("prefetch", 1, 2), ("streams", 1, 64)):
+    for key, least, default in (("max_bad_records", 0, 0), ("window", 1, 4096), ("workers", 0, 1), ("prefetch", 1, 2), ("streams", 1, 64)):
         if getattr(cfg, key) < least:
             yield Problem(f"data.{key}", str(getattr(cfg, key)), f"at least {least}", f"use {default}")
     size = cfg.validation_size

@@ -59,6 +59,7 @@ def collate(
         num_tokens=sum(len(sample.ids) for row in rows for sample in row),
         plain_causal=all(len(row) <= 1 for row in rows),
         ids=tuple(name for names in ids for name in (names or [SampleId("", epoch, -1)])),
+        pieces=tuple(tuple((sample.start, len(sample.ids)) for sample in row) for row in rows),
     )
 
 

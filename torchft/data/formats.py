@@ -1,203 +1,265 @@
-"""Records as users have them -> messages. A record that does not fit its format is an error that names it, never skipped.
+"""Records as users have them -> messages. A record that does not fit its format is an error that names it, never skipped in silence.
 
-    alpaca    {instruction, input?, output, system?, history?: [[question, answer], ...]}     answers of the history are trained too
-    sharegpt  {conversations: [{from, value}, ...], system?}    human | observation, then gpt | function_call, in turn
-    openai    {messages: [{role, content}, ...]}                system, user, assistant, tool
+    alpaca             {instruction, input?, output, system?, history?: [[question, answer], ...]}    history answers are trained too
+    sharegpt           {conversations: [{from, value}, ...], system?, tools?}    human | observation, then gpt | function_call, in turn
+    openai             {messages: [{role, content, tool_calls?}, ...], system?, tools?}
+    prompt_completion  {prompt, completion}    both texts, or both lists of messages
+    firefly            {conversation: [{human, assistant}, ...]}    or with input, output, system (XTuner)
+    text               {text}    a document, all of it trained
+    preference         one of these with chosen and rejected for the reply: texts, a message, or messages; without prompt: two whole chats
+    KTO                a chat with label (true, false)
 
-In sharegpt and openai a turn may say `train: false` (or `loss: false`, `weight: 0`) to be left out of the loss, or true to be trained.
+FORMATS is the table; a plugin adds a format of its own as one function (record, where) -> Sample.
 """
 
-import difflib
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+import hashlib
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from torchft.data.types import Message, Role, Sample
+from torchft.data.mapping import SAME, Mapping
+from torchft.data.turns import OPENAI, SHAREGPT, Shape, check_text, hint_of, kind_of, list_keys, read_tools, read_turn, read_turns, string
+from torchft.data.types import Document, Labelled, Message, Pair, Sample
 from torchft.errors import DataError
 
-Format = Literal["auto", "alpaca", "sharegpt", "openai"]
-SHAREGPT_ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "function_call": "assistant",
-}
-OPENAI_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-KEYS = {  # format -> (required keys, optional keys)
-    "alpaca": (("instruction", "output"), ("input", "system", "history")),
+Read = Sample | Pair | Labelled | Document
+
+KEYS = {  # format -> (required keys, optional keys); chosen and rejected stand for the last required one
+    "alpaca": (("instruction", "output"), ("input", "system", "history", "tools")),
     "sharegpt": (("conversations",), ("system", "tools")),
-    "openai": (("messages",), ("tools",)),
+    "openai": (("messages",), ("system", "tools")),
+    "prompt_completion": (("prompt", "completion"), ("system", "tools")),
+    "firefly": (("conversation",), ("system",)),
+    "text": (("text",), ()),
 }
-TRAIN_KEYS = ("train", "loss", "weight")
-PREFERENCE_KEYS = ("chosen", "rejected", "label", "kto_tag")  # half of such a record would be trained on as if it were good
+PAIR = ("chosen", "rejected")
+LABELS = ("label", "kto_tag")
 
 
-def sample_from_record(record: Any, where: str, format: Format = "auto") -> Sample:
-    """The chat of a record. Raises DataError naming `where`, what was found and what was expected."""
+def read_record(record: Any, where: str, format: str = "auto", mapping: Mapping = SAME) -> Read:
+    """What a record holds. Raises DataError naming `where`, what was found and what was expected."""
+    record = mapping.apply(record, where)
     if not isinstance(record, dict):
-        raise DataError(f"{where}: given {_kind(record)}, expected a JSON object with the keys of one of {', '.join(KEYS)}")
-    if format == "auto":
-        format = _detect(record, where)
-    _check_keys(record, where, format)
-    messages = FORMATS[format](record, where)
-    for message in messages:
-        _check_text(message.content, where)
-    return Sample(messages, where)
+        raise DataError(f"{where}: given {kind_of(record)}, expected a JSON object with the keys of one of {', '.join(KEYS)}")
+    format = _detect(record, where) if format == "auto" else format
+    if format in KEYS:
+        _check_keys(record, where, format)
+    read = FORMATS[format](record, where)
+    for sample in (read,) if isinstance(read, Sample) else (read.chosen, read.rejected) if isinstance(read, Pair) else ():
+        _check_sample(sample, where)
+    return read
 
 
-def from_alpaca(record: dict, where: str) -> tuple[Message, ...]:
+def sample_from_record(record: Any, where: str, format: str = "auto", mapping: Mapping = SAME) -> Sample:
+    """The chat of a record. Raises DataError if it is none."""
+    return only_chat(read_record(record, where, format, mapping), record, where)
+
+
+def only_chat(read: Read, record: dict, where: str) -> Sample:
+    """What was read, if it is a chat. Raises DataError: half of a preference would be trained on as if it were good."""
+    if isinstance(read, Sample):
+        return read
+    if isinstance(read, Document):
+        raise DataError(f"{where}: a text, expected a chat: a prompt and its reply")
+    keys = [key for key in (*PAIR, *LABELS) if key in record]
+    fix = f"keep the good replies and remove {', '.join(keys)}" if keys else "set the columns that make it one to null"
+    raise DataError(
+        f"{where}: preference data, which this recipe can't train on\n  given:    keys {list_keys(record)}\n"
+        f"  expected: chats alone\n  fix:      {fix}"
+    )
+
+
+def format_digest(format: str) -> str:
+    """Changes when what the format makes of a record may have changed: a plugin's code is part of the data."""
+    if format in ("auto", *KEYS):
+        return format
+    source = inspect.getsourcefile(FORMATS[format])
+    code = Path(source).read_bytes() if source and os.path.exists(source) else FORMATS[format].__code__.co_code
+    return f"{format} {hashlib.sha256(code).hexdigest()}"
+
+
+def from_alpaca(record: dict, where: str) -> Read:
     """instruction and input are one user message, a line break between them; None and "" are the same as absent."""
     history = record.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise DataError(f"{where}: history is not a list of [question, answer] pairs")
     messages = _system(record, where)
     for n, (question, answer) in enumerate(history):
-        messages.append(Message("user", _string(question, f"history[{n}][0]", where)))
-        messages.append(Message("assistant", _string(answer, f"history[{n}][1]", where)))
-    asked = [_string(record.get(key) or "", key, where) for key in ("instruction", "input")]
+        messages.append(Message("user", string(question, f"history[{n}][0]", where)))
+        messages.append(Message("assistant", string(answer, f"history[{n}][1]", where)))
+    asked = [string(record.get(key) or "", key, where) for key in ("instruction", "input")]
     messages.append(Message("user", "\n".join(text for text in asked if text)))
-    return (*messages, Message("assistant", _string(record["output"], "output", where)))
+    replies = [Message("assistant", string(record["output"], "output", where))] if "output" in record else []
+    return _finish(messages, replies, record, OPENAI, where)
 
 
-def from_sharegpt(record: dict, where: str) -> tuple[Message, ...]:
+def from_sharegpt(record: dict, where: str) -> Read:
     """After a leading system turn, human or observation and gpt or function_call take turns."""
-    _refuse_tools(record, where)
-    turns = [
-        _message(turn, f"conversations[{n}]", where, "from", "value", SHAREGPT_ROLES) for n, turn in _turns(record, "conversations", where)
-    ]
+    turns = read_turns(record["conversations"], "conversations", where, SHAREGPT)
     system = _system(record, where)
     if turns[0].role == "system":
-        if system:
-            raise DataError(f"{where}: both the key system and a leading system turn: keep one of them")
-        system = [turns.pop(0)]
+        system = [_only_system(system, turns.pop(0), where)]
     for n, turn in enumerate(turns):
         expected = ("user", "tool") if n % 2 == 0 else ("assistant",)
         if turn.role not in expected:
-            names = ", ".join(name for name, role in SHAREGPT_ROLES.items() if role in expected)
+            names = ", ".join(name for name, role in SHAREGPT.roles.items() if role in expected)
             raise DataError(
                 f"{where}: turn {n + 1} after the system turn is from {turn.role}, expected one of {names}: sharegpt turns alternate. "
                 "Mend this record, or write it as openai messages, which may come in any order"
             )
-    return (*system, *turns)
+    return _finish([*system, *turns], [], record, SHAREGPT, where)
 
 
-def from_openai(record: dict, where: str) -> tuple[Message, ...]:
+def from_openai(record: dict, where: str) -> Read:
     """Messages as they are; what order is allowed is the template's business."""
-    _refuse_tools(record, where)
-    return tuple(_message(turn, f"messages[{n}]", where, "role", "content", OPENAI_ROLES) for n, turn in _turns(record, "messages", where))
+    turns = read_turns(record["messages"], "messages", where, OPENAI)
+    system = _system(record, where)
+    if turns[0].role == "system":
+        system = [_only_system(system, turns.pop(0), where)]
+    return _finish([*system, *turns], [], record, OPENAI, where)
 
 
-FORMATS: dict[str, Callable[[dict, str], tuple[Message, ...]]] = {
+def from_prompt_completion(record: dict, where: str) -> Read:
+    """Texts are a user's and an assistant's message. A pair without a prompt shares the messages it begins with."""
+    if "prompt" in record:
+        prompt = [*_system(record, where), *_messages(record["prompt"], "prompt", "user", OPENAI, where)]
+        replies = _messages(record["completion"], "completion", "assistant", OPENAI, where) if "completion" in record else []
+        return _finish(prompt, replies, record, OPENAI, where)
+    chosen, rejected = (_messages(record[key], key, "assistant", OPENAI, where) for key in PAIR)
+    same = 0
+    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+        same += 1
+    if not same:
+        raise DataError(f"{where}: no prompt: expected the key prompt, or chosen and rejected chats that begin with the same messages")
+    return _pair([*_system(record, where), *chosen[:same]], chosen[same:], rejected[same:], record, where)
+
+
+def from_firefly(record: dict, where: str) -> Read:
+    """Rounds of a question and an answer; an answer of `output_with_loss: false` is not trained."""
+    rounds = record["conversation"]
+    if not isinstance(rounds, list) or not rounds or not all(isinstance(one, dict) for one in rounds):
+        raise DataError(f"{where}: conversation is {kind_of(rounds)}, expected a list of {{human, assistant}} rounds")
+    messages = _system(record, where)
+    for n, one in enumerate(rounds):
+        asked, answer = ("input", "output") if "output" in one else ("human", "assistant")
+        if answer not in one:
+            hint = "; for messages with roles set format: openai and columns: {messages: conversation}" if "role" in one else ""
+            raise DataError(
+                f"{where}: conversation[{n}] has the keys {list_keys(one)}, expected human and assistant, or input and output{hint}"
+            )
+        for key, role in (("system", "system"), (asked, "user")):
+            if one.get(key):
+                messages.append(Message(role, string(one[key], f"conversation[{n}].{key}", where)))
+        train = None if one.get("output_with_loss", True) else False
+        messages.append(Message("assistant", string(one[answer], f"conversation[{n}].{answer}", where), train))
+    return _finish(messages, [], record, OPENAI, where)
+
+
+def from_text(record: dict, where: str) -> Document:
+    """A document. Raises DataError if there is no text."""
+    text = string(record["text"], "text", where)
+    check_text(text, where)
+    return Document(text, where)
+
+
+FORMATS: dict[str, Callable[[dict, str], Read]] = {
     "alpaca": from_alpaca,
     "sharegpt": from_sharegpt,
     "openai": from_openai,
+    "prompt_completion": from_prompt_completion,
+    "firefly": from_firefly,
+    "text": from_text,
 }
 
 
 def _detect(record: dict, where: str) -> str:
-    fits = [name for name, (required, _) in KEYS.items() if all(key in record for key in required)]
+    fits = [name for name in KEYS if not _missing(record, name)]
+    fits = [name for name in fits if name != "text"] or fits  # beside a chat, `text` is a rendering of it
+    if len(fits) > 1 and "prompt_completion" in fits and all(key in record for key in PAIR):
+        fits.remove("prompt_completion")  # a pair's prompt is in the other format's keys
     if len(fits) == 1:
         return fits[0]
     if fits:
         raise DataError(f"{where}: fits {' and '.join(fits)}: say which by the source's format")
     expected = "; ".join(f"{name}: {', '.join(required)}" for name, (required, _) in KEYS.items())
     wanted = [key for required, optional in KEYS.values() for key in required]
-    raise DataError(f"{where}: no known format\n  given:    keys {_list(record)}\n  expected: {expected}{_hint(record, wanted)}")
+    raise DataError(
+        f"{where}: no known format\n  given:    keys {list_keys(record)}\n  expected: {expected}{hint_of(record, wanted)}"
+        "\n  or say by the source's columns what your keys are: columns: {instruction: question, output: answer}"
+    )
+
+
+def _missing(record: dict, format: str) -> list[str]:
+    """The required keys that are not there."""
+    required, _ = KEYS[format]
+    if all(key in record for key in PAIR):
+        required = {"alpaca": ("instruction",), "prompt_completion": ()}.get(format, required)
+    return [key for key in required if key not in record]
 
 
 def _check_keys(record: dict, where: str, format: str) -> None:
     required, optional = KEYS[format]
-    missing = [key for key in required if key not in record]
+    missing = _missing(record, format)
     if missing:
         raise DataError(
-            f"{where}: not an {format} record: {', '.join(missing)} missing\n  given:    keys {_list(record)}\n"
-            f"  expected: {', '.join(required)}; may have {', '.join(optional)}{_hint(record, missing)}"
-        )
-    preference = [key for key in PREFERENCE_KEYS if key in record]
-    if preference:
-        raise DataError(
-            f"{where}: preference data, which this recipe can't train on\n  given:    keys {_list(record)}\n"
-            f"  expected: chats alone\n  fix:      keep the good replies and remove {', '.join(preference)}"
+            f"{where}: not an {format} record: {', '.join(missing)} missing\n  given:    keys {list_keys(record)}\n"
+            f"  expected: {', '.join(required)}; may have {', '.join(optional)}{hint_of(record, missing)}"
         )
     absent = [key for key in optional if key not in record]
-    hint = _hint([key for key in record if key not in required + optional], absent)
+    hint = hint_of([key for key in record if key not in required + optional], absent)
     if hint:
-        raise DataError(f"{where}: a key that would be ignored looks misspelt\n  given:    keys {_list(record)}{hint}")
+        raise DataError(f"{where}: a key that would be ignored looks misspelt\n  given:    keys {list_keys(record)}{hint}")
 
 
-def _turns(record: dict, key: str, where: str) -> Iterable[tuple[int, dict]]:
-    turns = record[key]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: {key} is {_kind(turns)}, expected a list of at least one message")
-    return enumerate(turns)
+def _check_sample(sample: Sample, where: str) -> None:
+    for message in sample.messages:
+        check_text(message.content, where)
+        if message.reasoning:
+            check_text(message.reasoning, where)
 
 
-def _message(turn: Any, name: str, where: str, role_key: str, text_key: str, roles: dict[str, Role]) -> Message:
-    if not isinstance(turn, dict) or role_key not in turn or (text_key not in turn and "tool_calls" not in turn):
-        given = f"keys {_list(turn)}" if isinstance(turn, dict) else _kind(turn)
-        hint = _hint(turn, [role_key, text_key]) if isinstance(turn, dict) else ""
-        raise DataError(f"{where}: {name}\n  given:    {given}\n  expected: an object with {role_key} and {text_key}{hint}")
-    if turn.get("tool_calls"):
-        raise DataError(f"{where}: {name} has tool_calls, which this version can't render: write the call as the content")
-    role = turn[role_key]
-    if not isinstance(role, str) or role not in roles:
-        near = difflib.get_close_matches(str(role), roles, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise DataError(f"{where}: {name}.{role_key} is {role!r}, expected one of {', '.join(roles)}{hint}")
-    return Message(roles[role], _string(turn[text_key], f"{name}.{text_key}", where), _override(turn, name, where))
+def _finish(prompt: list[Message], replies: list[Message], record: dict, shape: Shape, where: str) -> Read:
+    """The chat of these messages; a Pair or Labelled if the record has what makes one, a pair's answers in place of the replies."""
+    if all(key in record for key in PAIR):
+        chosen, rejected = (_messages(record[key], key, "assistant", shape, where) for key in PAIR)
+        return _pair(prompt, chosen, rejected, record, where)
+    sample = Sample((*prompt, *replies), where, read_tools(record.get("tools"), where))
+    label = next((record[key] for key in LABELS if record.get(key) is not None), None)
+    if label is None:
+        return sample
+    good = {"true": True, "false": False}.get(label.lower()) if isinstance(label, str) else label
+    if not isinstance(good, bool):
+        raise DataError(
+            f"{where}: label is {label!r}, expected true or false (a good or a bad reply): rename the key if it is no such label"
+        )
+    return Labelled(sample, good)
 
 
-def _override(turn: dict, name: str, where: str) -> bool | None:
-    given = {key: turn[key] for key in TRAIN_KEYS if turn.get(key) is not None}
-    for key, value in given.items():
-        if value not in (0, 1):
-            raise DataError(f"{where}: {name}.{key} is {value!r}, expected true or false (or 1 or 0)")
-    values = {bool(value) for value in given.values()}
-    if len(values) > 1:
-        raise DataError(f"{where}: {name} says both to train it and not to: {given}")
-    return values.pop() if values else None
+def _pair(prompt: list[Message], chosen: list[Message], rejected: list[Message], record: dict, where: str) -> Pair:
+    if not prompt or prompt[-1].role == "assistant":
+        raise DataError(f"{where}: chosen and rejected follow {'nothing' if not prompt else 'a reply'}, expected a question before them")
+    shown, tools = [replace(message, train=False) for message in prompt], read_tools(record.get("tools"), where)
+    return Pair(*(Sample((*shown, *replies), where, tools) for replies in (chosen, rejected)))
+
+
+def _messages(value: Any, name: str, role: Any, shape: Shape, where: str) -> list[Message]:
+    """A text as a message of that role; a turn; or turns."""
+    if isinstance(value, list):
+        return read_turns(value, name, where, shape)
+    if isinstance(value, dict):
+        return [read_turn(value, name, where, shape)]
+    return [Message(role, string(value, name, where))]
 
 
 def _system(record: dict, where: str) -> list[Message]:
-    system = _string(record.get("system") or "", "system", where)
+    system = string(record.get("system") or "", "system", where)
     return [Message("system", system)] if system else []
 
 
-def _refuse_tools(record: dict, where: str) -> None:
-    """A tool list is part of the prompt: leaving it out would train another one."""
-    if record.get("tools") not in (None, "", "[]", []):
-        raise DataError(f"{where}: has tools, which this version can't render: describe them in the system message and remove the key")
-
-
-def _string(value: Any, name: str, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    hint = ": join its text parts into one string" if isinstance(value, list) else ""
-    raise DataError(f"{where}: {name} is {_kind(value)}, expected a string{hint}")
-
-
-def _check_text(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: half a surrogate pair, {text[error.start]!r}, in {text[:40]!r}: write the character whole") from error
-
-
-def _hint(given: Iterable[str], wanted: Iterable[str]) -> str:
-    for key in wanted:
-        near = difflib.get_close_matches(key, [k for k in given if k != key], n=1, cutoff=0.75)
-        if near:
-            return f"\n  fix:      {near[0]!r}: did you mean {key!r}?"
-    return ""
-
-
-def _list(record: dict) -> str:
-    return ", ".join(list(record)[:20]) or "none"
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", int: "a number", float: "a number", type(None): "null"}
-    return ("an empty list" if value == [] else None) or names.get(type(value), type(value).__name__)
+def _only_system(given: list[Message], turn: Message, where: str) -> Message:
+    if given:
+        raise DataError(f"{where}: both the key system and a leading system turn: keep one of them")
+    return turn

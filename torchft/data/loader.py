@@ -20,13 +20,14 @@ from torchft.batch import Batch
 from torchft.data.cache import TokenCache
 from torchft.data.checks import check_data
 from torchft.data.collate import collate
+from torchft.data.masks import MaskConfig
 from torchft.data.mixture import Mixture, MixtureConfig
 from torchft.data.order import VERSION, Cursor, Order, Place
 from torchft.data.prefetch import Prefetch
 from torchft.data.sources import SourceConfig
 from torchft.data.stream import StreamOrder
 from torchft.data.streaming import VirtualStreams
-from torchft.data.tokenize import Truncation
+from torchft.data.truncation import Truncation
 from torchft.errors import CheckpointError, ConfigError, Problem
 
 Packing = bool | Literal["cut"]
@@ -43,9 +44,11 @@ class DataConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)  # what an epoch takes of each training source
     seq_len: int = 2048  # tokens in a row; longer samples are handled by `truncation`
     packing: bool = True  # several samples share a row, without seeing each other; false: one sample a row, padded
-    length_grouping: bool = False  # without packing: the rows of a step are of like length, so less is padded
-    truncation: Truncation = "error"  # samples longer than seq_len: error | drop | left (keeps the end) | right (keeps the start)
+    group_by_length: bool = False  # without packing: the rows of a step are of like length, so less is padded
+    masks: MaskConfig = field(default_factory=MaskConfig)  # which messages are trained
+    truncation: Truncation = "error"  # samples over seq_len: error | drop | left (keeps the end) | right (the start) | proportional
     max_dropped_share: float = 0.5  # stop if a larger share of a source's samples is dropped
+    max_bad_records: int = 0  # broken records of a source to leave out, counted and named; 0: the first is an error
     shuffle: bool = True  # a new order in each epoch; false: the files' order
     window: int = 4096  # samples from which packs are made at once
     seed: int | None = None  # of the order; null: the run's seed
@@ -59,9 +62,8 @@ class DataConfig:
         yield from check_data(self)
         if not 0 <= self.max_dropped_share <= 1:
             yield Problem("data.max_dropped_share", str(self.max_dropped_share), "a share from 0 to 1", "use e.g. 0.5")
-        if self.length_grouping and self.packing:
-            fix = "leave data.length_grouping out, or set data.packing=false"
-            yield Problem("data.length_grouping", "true with data.packing=true", "rows without packing: packs are full anyway", fix)
+        if self.group_by_length and self.packing:
+            yield Problem("data.group_by_length", "true", "data.packing=false: packs are full already", "set one of the two to false")
 
 
 def grad_accum(global_batch_size: int, *, micro_batch_size: int, dp_size: int) -> int:
@@ -84,7 +86,7 @@ class Loader:
     """This data rank's micro-batches, step after step, for as many epochs as asked for.
 
     packing: several samples a row, or one ("cut": one after the other, cut where a row ends, see stream.py).
-    mixture: what an epoch takes of each source; None: all. length_grouping: without packing, the rows of a step are of like length.
+    mixture: what an epoch takes of each source; None: all. group_by_length: without packing, the rows of a step are of like length.
     multiple_of: row lengths are multiples of it (the parallel layout's demand). workers: threads that make batches `prefetch` steps
     ahead; they change neither order nor state. pin_memory: for CUDA. Raises ConfigError if the sizes don't fit each other.
     """
@@ -100,10 +102,10 @@ class Loader:
         dp_size: int = 1,
         seed: int = 0,
         packing: Packing = True,
+        group_by_length: bool = False,
         shuffle: bool = True,
         window: int = 4096,
         mixture: Mixture | None = None,
-        length_grouping: bool = False,
         pad_id: int = 0,
         multiple_of: int = 1,
         workers: int = 0,
@@ -122,13 +124,13 @@ class Loader:
             assert data and all(len(cache) and cache.key.seq_len <= seq_len for cache in data), "build the caches for this seq_len"
             assert len({cache.size for cache in data}) == 1, "pairs and single samples in one loader"
             plan: dict[str, Any] = {"seq_len": seq_len, "shuffle": shuffle, "window": window, "seed": seed, "mixture": mixture}
-            group = global_batch_size if length_grouping else None
+            group = global_batch_size if group_by_length else None
             self.order = StreamOrder(data, **plan) if packing == "cut" else Order(data, packing=packing, group=group, **plan)
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_id, self.multiple_of, self.pin_memory = pad_id, multiple_of, pin_memory
         self.workers, self.prefetch = workers, prefetch
-        self.cursor = self.order.start()
+        self.cursor = self._before = self.order.start()
         self._ahead: Prefetch | None = None
 
     def next_step(self) -> list[Batch]:
@@ -139,8 +141,15 @@ class Loader:
         else:
             self._ahead = self._ahead or Prefetch(self._plan, self._make, self.cursor, workers=self.workers, depth=self.prefetch)
             batches, after = self._ahead.next()
-        self.cursor = after
+        self._before, self.cursor = self.cursor, after
         return batches
+
+    def repeat_step(self, micro_batch_size: int) -> list[Batch]:
+        """The step that next_step gave last, dealt anew in micro-batches of another size, which also holds from here on."""
+        self.close()  # the threads read the sizes that change now
+        self.grad_accum = grad_accum(self.global_batch_size, micro_batch_size=micro_batch_size, dp_size=self.dp_size)
+        self.micro_batch_size, self.cursor = micro_batch_size, self._before
+        return self.next_step()
 
     def row_length(self, packs: list[Any]) -> int:
         """Tokens in each row of a step of these packs, padding included."""
@@ -260,8 +269,7 @@ def _round_up(size: int, multiple_of: int) -> int:
 def _difference(given: dict, saved: dict) -> str:
     """Which parts of the order differ, each as given / expected."""
     pairs = [("data version", given["version"], saved["version"]), ("data.seed", given["seed"], saved["seed"])]
-    keys = [*given["plan"], *(key for key in saved["plan"] if key not in given["plan"])]
-    pairs += [(f"data.{key}", given["plan"].get(key), saved["plan"].get(key)) for key in keys]
+    pairs += [(f"data.{key}", given["plan"].get(key), saved["plan"].get(key)) for key in given["plan"] | saved["plan"]]
     ours, theirs = given["sources"], saved["sources"]
     pairs.append(("number of sources", len(ours), len(theirs)))
     for mine, other in zip(ours, theirs, strict=False):

@@ -115,7 +115,8 @@ class Order:
             return [samples[pack] for pack in plan_window(self.lengths(samples), self.seq_len)]
         if self.group:
             seed = keyed_seed("group", self.seed, epoch, window) if self.shuffle else None
-            samples = samples[group_by_length(self.lengths(samples), self.group, self.draws.num_before(window), seed=seed)]
+            before, last = self.draws.num_before(window), window == self.num_windows - 1
+            samples = samples[group_by_length(self.lengths(samples), self.group, before, last=last, seed=seed)]
         return list(samples[:, None])
 
     def _count(self, epoch: int, windows: int) -> int:
@@ -182,7 +183,7 @@ class Order:
         if not self.mixture.is_whole:
             settings["mixture"] = {key: value for key, value in asdict(self.mixture).items() if key != "sizes"}
         if self.group:
-            settings["length_grouping"] = f"steps of {self.group}"
+            settings["group_by_length"] = f"steps of {self.group}"
         return settings
 
     def hash(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchft.data.formats import Format, sample_from_record
+from torchft.data.formats import sample_from_record
 from torchft.data.sources import SourceConfig, open_records
 from torchft.data.types import Message
 from torchft.errors import DataError, Problem
@@ -78,7 +78,7 @@ def _of_text(text: str, where: str) -> Prompt:
     return Prompt((Message("user", text),), where, text)
 
 
-def _of_chat(record: dict, where: str, format: Format) -> Prompt:
+def _of_chat(record: dict, where: str, format: str) -> Prompt:
     """An alpaca record may come without its output."""
     given = record if "instruction" not in record else {"output": "", **record}
     messages = sample_from_record(given, where, format).messages

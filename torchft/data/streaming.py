@@ -21,10 +21,10 @@ import numpy as np
 from torchft import dist
 from torchft.batch import SampleId
 from torchft.data.cache import Counts, Encode, Truncate, keep
+from torchft.data.files import BOM
 from torchft.data.order import Cursor, Place
 from torchft.data.packing import cut, permute, plan_window
 from torchft.data.prefetch import map_ahead
-from torchft.data.sources import BOM
 from torchft.data.types import Encoded
 from torchft.errors import ConfigError, DataError, Problem
 
@@ -118,7 +118,7 @@ class Stream:
             for i, lo, hi in cut(lengths, self.place.used, room).tolist():
                 sample, name = samples[i]
                 follower = (int(sample.ids[hi]), float(sample.weights[hi])) if hi < len(sample.ids) else None
-                row.append((Encoded(sample.ids[lo:hi], sample.weights[lo:hi], follower), name))
+                row.append((Encoded(sample.ids[lo:hi], sample.weights[lo:hi], follower, lo), name))
                 room, used = room - (hi - lo), self.place.used + hi - lo
                 self.place = replace(self.place, used=used)
             self._advance(self.place.used, int(lengths.sum()))

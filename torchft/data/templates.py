@@ -59,7 +59,7 @@ class Template:
         self.name, self.source = name, source
         facts = [VERSION, source, tokenizer.digest, tokenizer.named_tokens, str(today)]
         self.digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        self._tokenizer = tokenizer
+        self._tokenizer = self.tokenizer = tokenizer
         self._jinja = ChatTemplate(source, today=today, variables=tokenizer.named_tokens)
         self._locator = Locator(self._jinja, source, frozenset(tokenizer.special_tokens))
         # Added words the template itself writes (`<tool_response>`): not to be made from a user's text either.
@@ -72,8 +72,10 @@ class Template:
         """The text of a chat. Raises DataError with the template's message if it refuses the chat."""
         return self._jinja.render(as_dicts(messages), add_generation_prompt=add_generation_prompt)
 
-    def encode(self, messages: Sequence[Message], *, where: str) -> Encoded:
+    def encode(self, messages: Sequence[Message], *, where: str, tools: Sequence[dict] = ()) -> Encoded:
         """A whole chat for training. Raises DataError, naming `where`."""
+        if tools or any(message.tool_calls for message in messages):
+            raise DataError(f"{where}: has tools, which this version can't render")
         try:
             pieces, weights = self._encode(messages, add_generation_prompt=False)
         except DataError as error:
@@ -85,7 +87,7 @@ class Template:
         pieces, _ = self._encode(messages, add_generation_prompt=True)
         return pieces.ids.tolist()
 
-    def roles(self, messages: Sequence[Message]) -> list[str]:
+    def roles(self, messages: Sequence[Message], *, tools: Sequence[dict] = ()) -> list[str]:
         """Who wrote each token that `encode` gives: the role of a message, or `template`."""
         pieces, _ = self._encode(messages, add_generation_prompt=False)
         stretches = self._locator.locate(messages, frozenset(), add_generation_prompt=False).stretches

@@ -11,20 +11,22 @@ import hashlib
 import mmap
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from torchft.data.checks import check_data
+from torchft.data.files import BOM, FileRecords, Spans, TextRecords, check_head, is_plain, open_plain, suffix_of, too_long
 from torchft.data.mixture import MixtureConfig, Share
-from torchft.data.sources import BOM, SUFFIXES, Records, Spans, check_head, find_files, index_files, index_json, parse_json
+from torchft.data.sources import SUFFIXES, Records, check_place, index_files, list_files, open_file, part_of
 from torchft.data.types import Encoded
 from torchft.errors import DataError, Problem
 from torchft.tokenizers.protocol import Tokenizer
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
+MAX_DOCUMENT = 2**30  # bytes of a text file that is one document, or of a compressed one
 BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
 
 
@@ -32,15 +34,18 @@ BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
 class TextConfig(Share):
     """One source of documents."""
 
-    path: str = "???"  # a .txt, .md, .json or .jsonl file, a folder of them, or a glob
+    path: str = "???"  # file, folder or glob: txt, md, json, jsonl, csv, tsv, parquet, arrow (.gz, .zst but txt); hf://owner/name
     separator: str | None = None  # between documents of a text file: blank_lines, or a text such as <|endoftext|>; null: a file is one
-    text_key: str = "text"  # where a JSON record has its text
+    text_key: str = "text"  # where a record has its text
+    subset: str | None = None  # of a data set of the hub or a folder of one
+    split: str | None = None  # the same; null: train, and of a plain folder all files
+    revision: str | None = None  # branch, tag or commit on the hub; null: main
+    streaming: bool = False  # read parquet on the hub in place; false: download it
     name: str | None = None  # in logs and metrics; null: the path's last part
     max_samples: int | None = None  # the first so many documents; null: all
 
     def check(self) -> Iterator[Problem]:
-        if self.max_samples is not None and self.max_samples < 1:
-            yield Problem("max_samples", str(self.max_samples), "at least 1", "leave it out to take all", where=f"source {self.path}")
+        yield from check_place(self.path, self.max_samples, self.revision, self.streaming)
         if self.separator == "":
             yield Problem("separator", "an empty text", "blank_lines, a text, or null", "set it to null", where=f"source {self.path}")
 
@@ -54,6 +59,7 @@ class TextDataConfig:
     validation_size: float = 0  # held out from each training source: below 1 a share of it, else a number of documents
     mixture: MixtureConfig = field(default_factory=lambda: MixtureConfig(unit="tokens"))  # what an epoch takes of each training source
     seq_len: int = 2048  # tokens in a row; documents are cut at its end and go on in the next row
+    max_bad_records: int = 0  # broken records of a source to leave out, counted and named; 0: the first is an error
     shuffle: bool = True  # a new order of documents in each epoch; false: the files' order
     window: int = 4096  # documents planned at once; part of what the order depends on
     seed: int | None = None  # of the order; null: the run's seed
@@ -63,7 +69,7 @@ class TextDataConfig:
     streaming: bool = False  # tokenise the training source, JSON Lines, as training goes, without a cache; needs train.steps
     streams: int = 64  # with streaming: places in its files that are read side by side; best a multiple of the rows of a micro-batch
     packing: ClassVar = "cut"
-    length_grouping: ClassVar = False
+    group_by_length: ClassVar = False
 
     def check(self) -> Iterator[Problem]:
         yield from check_data(self)
@@ -71,20 +77,19 @@ class TextDataConfig:
 
 def open_documents(cfg: TextConfig) -> Records:
     """Indexes and hashes the files of a source. Raises DataError if there are none, or none with a document."""
-    files = find_files(cfg.path, (*TEXT_SUFFIXES, *SUFFIXES))
-    strange = [path for path in files if Path(path).suffix.lower() not in (*TEXT_SUFFIXES, *SUFFIXES)]
+    files = list_files(cfg.path, part_of(cfg), (*TEXT_SUFFIXES, *SUFFIXES))
+    strange = [path for path in files if suffix_of(path) not in (*TEXT_SUFFIXES, *SUFFIXES)]
     if strange:
         kinds = ", ".join((*TEXT_SUFFIXES, *SUFFIXES))
         raise DataError(f"{strange[0]}: whether this is text or JSON is told by the name's ending, expected {kinds}: rename the file")
 
-    def index_file(path: str) -> tuple[Spans, bytes]:
-        return _index_text(path, cfg.separator) if _is_text(path) else index_json(path)
+    def open_one(path: str) -> FileRecords:
+        if suffix_of(path) not in TEXT_SUFFIXES:
+            return open_file(path)
+        spans, digest = _index_text(path, cfg.separator)
+        return TextRecords(path, spans, digest, lambda text, _path, _line: {cfg.text_key: text.replace("\r\n", "\n")}, MAX_DOCUMENT)
 
-    def parse(text: str, path: str, line: int) -> dict:
-        return {cfg.text_key: text.replace("\r\n", "\n")} if _is_text(path) else parse_json(text, path, line)
-
-    options = ["text", cfg.separator, cfg.text_key, cfg.max_samples]
-    return index_files(files, cfg.path, options, index_file, parse, cfg.name, cfg.max_samples)
+    return index_files(files, cfg.path, ["text", cfg.separator, cfg.text_key, cfg.max_samples], open_one, cfg.name, cfg.max_samples)
 
 
 def encode_document(record: dict, where: str, *, text_key: str, tokenizer: Tokenizer) -> Encoded | None:
@@ -112,24 +117,28 @@ def encode_document(record: dict, where: str, *, text_key: str, tokenizer: Token
     return Encoded(np.array(ids, np.int32), weights)
 
 
-def _is_text(path: str) -> bool:
-    return Path(path).suffix.lower() in TEXT_SUFFIXES
-
-
 def _index_text(path: str, separator: str | None) -> tuple[Spans, bytes]:
-    """(start, end, line) of each document that is not blank, and the file's hash. The file is mapped, not read as a whole."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-        file.seek(0)
-        head = file.read(3)
-        check_head(path, head, "text")
-        if not file.seek(0, 2):
-            return [], digest
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return list(_spans(data, len(BOM) if head == BOM else 0, separator)), digest
+    """The spans of the documents that are not blank, and the content's hash. A plain file is mapped, not read as a whole."""
+    with _content(path) as data:
+        check_head(path, data[:3])
+        spans = list(_spans(data, len(BOM) if data[:3] == BOM else 0, separator))
+        return np.array(spans, np.int64).reshape(-1, 3), hashlib.sha256(data).digest()
 
 
-def _spans(data: mmap.mmap, start: int, separator: str | None) -> Iterator[tuple[int, int, int]]:
+@contextmanager
+def _content(path: str) -> Iterator[mmap.mmap | bytes]:
+    with open_plain(path) as file:
+        if not (is_plain(file) and file.seek(0, 2)):
+            data = file.read(MAX_DOCUMENT + 1)
+            if len(data) > MAX_DOCUMENT:
+                raise too_long(path, 1, MAX_DOCUMENT)
+            yield data
+        else:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                yield data
+
+
+def _spans(data: mmap.mmap | bytes, start: int, separator: str | None) -> Iterator[tuple[int, int, int]]:
     pattern = BLANK_LINES if separator == "blank_lines" else re.compile(re.escape((separator or "").encode()))
     cuts = [(m.start(), m.end()) for m in pattern.finditer(data)] if separator else []
     line = 1

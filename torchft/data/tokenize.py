@@ -1,49 +1,48 @@
-"""Record -> Encoded, cut to length by a policy; and a sample for the eye, its trained tokens marked.
+"""Record -> Encoded; and a sample for the eye, its trained tokens marked.
 
-record --formats--> Sample --template--> Encoded --truncate--> Encoded of at most seq_len ids, or None
+record --formats--> Sample --masks, template--> Encoded          a preference pair is two of them, a document needs no template
 """
 
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 
-from torchft.data.formats import Format, sample_from_record
+from torchft.data.formats import Read, only_chat, read_record
+from torchft.data.mapping import SAME, Mapping
+from torchft.data.masks import EVERY_REPLY, MaskConfig, apply_masks
 from torchft.data.templates import Template
-from torchft.data.types import Encoded
-from torchft.errors import DataError
+from torchft.data.text import encode_document
+from torchft.data.types import Document, Encoded, Labelled, Pair, Sample
 from torchft.tokenizers.protocol import Tokenizer
 
-Truncation = Literal["error", "drop", "left", "right"]
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
-def encode_record(record: dict, where: str, *, format: Format, template: Template) -> Encoded:
-    """A record's chat as tokens. Raises DataError naming `where`."""
-    return template.encode(sample_from_record(record, where, format).messages, where=where)
+def encode_record(
+    record: dict, where: str, *, template: Template, format: str = "auto", mapping: Mapping = SAME, masks: MaskConfig = EVERY_REPLY
+) -> Encoded | None:
+    """A record's chat, or its text, as tokens; None if the text is empty. Raises DataError naming `where`, also of preference data."""
+    read = read_record(record, where, format, mapping)
+    if isinstance(read, Document):
+        return _encode_text(read, template)
+    return _encode(only_chat(read, record, where), template, masks)
 
 
-def truncate(encoded: Encoded, seq_len: int, policy: Truncation, where: str) -> Encoded | None:
-    """The sample in at most seq_len ids, or None if it is dropped: too long (`drop`), or nothing left to train on.
+def encode_all(
+    record: dict, where: str, *, template: Template, format: str = "auto", mapping: Mapping = SAME, masks: MaskConfig = EVERY_REPLY
+) -> dict[str, Encoded]:
+    """All that a record holds, by what it is: `chosen` and `rejected`; `good` or `bad`; else `chat` or `text`. An empty text is nothing."""
+    parts = _parts(read_record(record, where, format, mapping))
+    made = {kind: _encode_part(part, template, masks) for kind, part in parts.items()}
+    return {kind: encoded for kind, encoded in made.items() if encoded is not None}
 
-    `left` and `right` cut that side off; `error` raises DataError. The first id has no weight: nothing predicts it.
-    """
-    ids, weights = encoded.ids, encoded.weights
-    if len(ids) > seq_len:
-        if policy == "error":
-            raise DataError(
-                f"{where}: given {len(ids)} tokens, expected at most data.seq_len={seq_len}: raise data.seq_len, shorten this record, "
-                "or set data.truncation to drop, left or right"
-            )
-        if policy == "drop":
-            return None
-        kept = slice(len(ids) - seq_len, None) if policy == "left" else slice(seq_len)
-        ids, weights = ids[kept], weights[kept]
-    if not (weights[1:] > 0).any():
-        return None
-    weights = weights.copy()
-    weights[0] = 0
-    return Encoded(ids, weights)
+
+def all_roles(
+    record: dict, where: str, *, template: Template, format: str = "auto", mapping: Mapping = SAME, masks: MaskConfig = EVERY_REPLY
+) -> dict[str, list[str] | None]:
+    """Who wrote each token of what `encode_all` gives: a role, or `template`; None: of a text, all of it a document."""
+    parts = _parts(read_record(record, where, format, mapping))
+    return {kind: None if isinstance(part, Document) else _roles(part, template, masks) for kind, part in parts.items()}
 
 
 def describe(encoded: Encoded, tokenizer: Tokenizer, *, color: bool = True) -> str:
@@ -58,3 +57,30 @@ def describe(encoded: Encoded, tokenizer: Tokenizer, *, color: bool = True) -> s
             text = f"{GREEN}«{text}»{PLAIN}" if color else f"«{text}»"
         out += text
     return out
+
+
+def _parts(read: Read) -> dict[str, Sample | Document]:
+    """What is tokenised of a record, by what it is."""
+    if isinstance(read, Document):
+        return {"text": read}
+    if isinstance(read, Pair):
+        return {"chosen": read.chosen, "rejected": read.rejected}
+    if isinstance(read, Labelled):
+        return {"good" if read.good else "bad": read.sample}
+    return {"chat": read}
+
+
+def _encode_part(part: Sample | Document, template: Template, masks: MaskConfig) -> Encoded | None:
+    return _encode_text(part, template) if isinstance(part, Document) else _encode(part, template, masks)
+
+
+def _roles(sample: Sample, template: Template, masks: MaskConfig) -> list[str]:
+    return template.roles(apply_masks(sample.messages, masks, sample.where), tools=sample.tools)
+
+
+def _encode_text(document: Document, template: Template) -> Encoded | None:
+    return encode_document({"text": document.text}, document.where, text_key="text", tokenizer=template.tokenizer)
+
+
+def _encode(sample: Sample, template: Template, masks: MaskConfig) -> Encoded:
+    return template.encode(apply_masks(sample.messages, masks, sample.where), tools=sample.tools, where=sample.where)

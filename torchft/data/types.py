@@ -1,6 +1,6 @@
 """What flows through the data layer before it becomes a Batch: a chat, then its token ids with the weight each is trained with.
 
-record (dict) --formats--> Sample --templates, tokenizer--> Encoded --packing, collate--> Batch
+record (dict) --formats--> Sample (or Pair, Labelled, Document) --templates, tokenizer--> Encoded --packing, collate--> Batch
 
 A message holds what was said, in fields that belong to no family; each template writes calls, results and thinking in its family's form.
 """
@@ -48,9 +48,34 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two ways to go on from one prompt, the better one first. The prompt's messages come first in both, none of them trained."""
+
+    chosen: Sample
+    rejected: Sample
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A conversation whose replies are good or bad."""
+
+    sample: Sample
+    good: bool
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text as it stands, all of it trained."""
+
+    text: str
+    where: str
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A tokenised sample. weights[i] is the weight with which ids[i] is *predicted* (not yet shifted): 0 for prompt and BOS."""
 
     ids: np.ndarray  # (n,) int32
     weights: np.ndarray  # (n,) float32 >= 0
     follower: tuple[int, float] | None = None  # of a piece of a longer document: the id after it and its weight
+    start: int = 0  # of such a piece: where it begins in the document

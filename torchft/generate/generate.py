@@ -22,6 +22,7 @@ from torchft.errors import ConfigError, DataError, Problem
 from torchft.generate.sampling import SamplingConfig, build_penalties, sample
 from torchft.generate.text import SampleText
 from torchft.models.decoder import Decoder
+from torchft.models.layers.attend import VarlenCore
 from torchft.models.layers.kv_cache import KVCache
 from torchft.tokenizers.protocol import Tokenizer
 
@@ -262,6 +263,8 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], cfg: SamplingConfig
     assert model.first and model.last, "generation needs the whole decoder, not a pipeline stage"
     assert tokenizer is not None or not cfg.stop, "stop texts need the tokenizer"
     problems = list(cfg.check())
+    if any(isinstance(block.self_attn.core, VarlenCore) for block in model.layers.values()):
+        problems.append(Problem("model.attention", "varlen", "a core that reads a KV cache", "build the model with another, such as sdpa"))
     size = model.spec.vocab_size
     if strangers := [i for i in cfg.stop_ids if not 0 <= i < size]:
         problems.append(Problem("sampling.stop_ids", str(strangers), f"ids from 0 to {size - 1}", "use this model's own token ids"))

@@ -1,6 +1,6 @@
 """Opens a model to talk to: weights, tokenizer and the chat template it was trained with.
 
-    HF folder ----------------------------------------> itself
+    HF folder or hub id ------------------------------> itself, its copy here
     RUN/checkpoints/step_N ---------------------------> its weights; tokenizer and template as in RUN/config.yaml
     RUN -- export/step_N or a newer checkpoint -------> one of the above
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from omegaconf import OmegaConf
 
-from torchft.checkpoint.convert import open_source, recorded_base
 from torchft.checkpoint.folder import CheckpointFolder
 from torchft.checkpoint.hf import copy_weights
+from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST
+from torchft.checkpoint.source import open_source, recorded_base, run_config
 from torchft.data.templates import Template, build_template
 from torchft.dtypes import DTYPES
 from torchft.errors import CheckpointError
@@ -61,20 +61,22 @@ def open_model(
     recipes, "auto" being the model's own; None: no template (raw text). Raises ConfigError, CheckpointError or DataError.
     """
     found = find_model(Path(path))
-    source = open_source(found, None, None)  # quick: the weights are read below
+    source = open_source(found)  # quick: the weights are read below
     device = torch.device(device)
     dtype = DTYPES["bf16" if device.type == "cuda" else "fp32"] if precision == "auto" else DTYPES[precision]
     decoder = build_decoder(source.spec, device=device, dtype=dtype)
     report = copy_weights(decoder.named_parameters(), source.tensors)
     log.info("%s: %d tensors in %s on %s", found, report.num_tensors, str(dtype).removeprefix("torch."), device)
-    text = load_tokenizer(tokenizer or _tokenizer_folder(found))
+    text = load_tokenizer(local_folder(tokenizer or _tokenizer_folder(found)))
     if template == "auto" and is_checkpoint(found):
         template = _of_run(found, "tokenizer.template") or "auto"
     return LanguageModel(found, decoder.eval(), text, None if template is None else build_template(template, text))
 
 
 def find_model(path: Path) -> Path:
-    """A HF folder or a checkpoint: `path` itself, or of a run folder its export, or its newest checkpoint if that is newer."""
+    """A HF folder or a checkpoint: `path` itself, or of a run folder its export, or its newest checkpoint if that is newer; or what was
+    downloaded of a hub id."""
+    path = local_folder(path)
     if is_checkpoint(path) or not (path / "config.yaml").is_file():
         return path
     exports = [p for p in (path / "export").glob("step_*") if (p / "config.json").is_file()]
@@ -108,5 +110,5 @@ def _tokenizer_folder(found: Path) -> Path:
 
 def _of_run(checkpoint: Path, key: str) -> str | None:
     """A key of the config of the run that a checkpoint is of."""
-    config = checkpoint.resolve().parent.parent / "config.yaml"
-    return OmegaConf.select(OmegaConf.load(config), key) if config.is_file() else None
+    section, _, name = key.partition(".")
+    return (run_config(checkpoint).get(section) or {}).get(name)

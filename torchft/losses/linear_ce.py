@@ -19,7 +19,7 @@ from torchft.batch import Projection, VocabShard, sum_forward
 from torchft.dtypes import upcast
 
 MAX_NARROW_SUMS = 4  # a bf16 weight gradient is summed over more chunks than this in fp32: bf16 sums lose a bit each doubling
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of fp32 logits at a time
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # of fp32 logits at a time: the weight gradient wants 500 rows or more a product
 
 
 def linear_ce(
@@ -92,14 +92,16 @@ class _LinearCE(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=h.device)
         chunks = _chunks(len(rows), weight)
         sum_dtype = torch.float32 if len(chunks) > MAX_NARROW_SUMS and weight.dtype.itemsize < 4 else weight.dtype
+        narrow, wide = _logit_buffers(chunks, h, weight)
         for chunk in chunks:
             x = h[rows[chunk]]  # (chunk, d)
-            logits = _plain_logits(x, weight, bias, scale, softcap, vocab)
+            logits = _plain_logits(x, weight, bias, scale, softcap, vocab, narrow[: len(x)], wide[: len(x)])
             loss, g = _chunk_loss(logits, labels[chunk], weights[chunk], vocab, smoothing, z_loss, softcap, need_grad=need)
             total += loss
             if not need:
                 continue
-            g = (g if scale == 1.0 else g.mul_(scale)).to(h.dtype)  # (chunk, v_local)
+            g = g if scale == 1.0 else g.mul_(scale)
+            g = g if narrow is wide else narrow[: len(x)].copy_(g)  # (chunk, v_local)
             if need_h:
                 dh[rows[chunk]] = g @ weight
             if need_w:
@@ -127,9 +129,30 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype)
     return total.addmm_(a, b) if dtype == a.dtype else total.add_(a @ b)
 
 
-def _plain_logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab: VocabShard | None) -> Tensor:
-    logits = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _logit_buffers(chunks: list[slice], h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for one chunk's logits in h's dtype and in at least fp32, one tensor if these agree: memory that is touched again and
+    again, where fresh tensors would cost a page fault for every 4 KiB."""
+    rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    wide = h.new_empty(rows, len(weight), dtype=torch.promote_types(h.dtype, torch.float32))
+    return (wide if wide.dtype == h.dtype else h.new_empty(rows, len(weight))), wide
+
+
+def _plain_logits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    vocab: VocabShard | None,
+    narrow: Tensor,
+    wide: Tensor,
+) -> Tensor:
+    """The logits of x (chunk, d) in `wide`, made in `narrow`: both (chunk, v_local)."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=narrow)
+    else:
+        torch.addmm(bias, x, weight.t(), out=narrow)
+    logits = wide if narrow is wide else wide.copy_(narrow)
     if scale != 1.0:
         logits.mul_(scale)
     if softcap is not None:

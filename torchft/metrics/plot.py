@@ -1,6 +1,6 @@
 """The curves of a run as one SVG file that any browser shows: no plotting library, no script, no font or picture from elsewhere.
 
-    rows of metrics.jsonl --plot_run--> panels (loss; gradient norm; learning rate) --plot_svg--> plots/loss.svg
+    rows of metrics.jsonl --run_panels--> panels (loss; gradient norm; learning rate) --svg_text--> plots/loss.svg, report.html
 
 A panel holds series; a series is a line (thin, with a smoothed one over it if asked for) or points. A value that is not finite
 leaves a gap in its line, and the panel says how many there were.
@@ -17,7 +17,7 @@ from torchft.metrics.rows import Row, write_whole
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 860, 84, 34, 40, 46  # of a panel, in pixels; the drawing lies inside the margins
 MAX_POINTS = 1500  # a longer line is thinned, keeping lows and highs
-COLORS = ("#1f6fb4", "#d9541e", "#2e8b57", "#8a4fbf", "#a0762b")
+COLORS = ("#1f6fb4", "#d9541e", "#2e8b57", "#8a4fbf", "#a0762b", "#c2185b", "#00838f", "#5d6b1e")
 INK, PALE, GRID = "#22262b", "#5c6670", "#e3e6ea"
 
 Point = tuple[float, float]
@@ -62,29 +62,47 @@ class _Frame:
 
 def plot_run(path: Path, rows: Sequence[Row], *, title: str) -> None:
     """Draws the rows of metrics.jsonl: loss with every validation set, gradient norm, learning rate."""
+    plot_svg(path, run_panels(rows), title=title)
+
+
+def run_panels(rows: Sequence[Row]) -> list[Panel]:
+    """The panels of a run: loss with every validation set, gradient norm, learning rate."""
     train = [row for row in rows if "loss" in row]
-    names = sorted({key for row in rows for key in row if key.startswith("val/") and key.endswith("/loss")})
-    loss = [_series("train", train, "loss", smooth=True)]
-    loss += [_series(name.removesuffix("/loss"), [row for row in rows if name in row], name, style="points") for name in names]
+    loss = [step_series("train", train, "loss", smooth=True)]
+    loss += [step_series(name.removesuffix("/loss"), rows, name, style="points") for name in validation_keys(rows)]
     panels = [Panel("loss", loss)]
-    panels += [Panel(key.replace("_", " "), [_series(key, train, key)], height=200) for key in ("grad_norm", "lr")]
-    plot_svg(path, panels, title=title)
+    return panels + [Panel(key.replace("_", " "), [step_series(key, train, key)], height=200) for key in ("grad_norm", "lr")]
+
+
+def validation_keys(rows: Iterable[Row]) -> list[str]:
+    """The names of all validation losses, val/<name>/loss."""
+    return sorted({key for row in rows for key in row if key.startswith("val/") and key.endswith("/loss")})
+
+
+def step_series(name: str, rows: Iterable[Row], key: str, **style) -> Series:
+    """The values of `key` by step, of the rows that have it. style: as of Series."""
+    pairs = [(row["step"], row[key]) for row in rows if key in row]
+    return Series(name, [x for x, _ in pairs], [y for _, y in pairs], **style)
 
 
 def plot_svg(path: Path, panels: Sequence[Panel], *, title: str) -> None:
     """Writes `panels` below each other into one SVG file, whole or not at all."""
-    head, height = 44, sum(panel.height for panel in panels)
+    write_whole(path, svg_text(panels, title=title))
+
+
+def svg_text(panels: Sequence[Panel], *, title: str = "") -> str:
+    """`panels` below each other as one SVG element, with a heading if there is a title."""
+    head, height = 44 if title else 0, sum(panel.height for panel in panels)
+    heading = f'<text x="{LEFT}" y="30" font-size="16" font-weight="bold">{escape(title)}</text>\n' if title else ""
     body, y = [], head
     for panel in panels:
         body.append(f'<g transform="translate(0 {y})">{"".join(_draw(panel))}</g>')
         y += panel.height
-    svg = (
+    return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{head + height}" viewBox="0 0 {WIDTH} {head + height}" '
         f'font-family="Helvetica, Arial, DejaVu Sans, sans-serif" font-size="12" fill="{INK}">\n'
-        f'<rect width="100%" height="100%" fill="#ffffff"/>\n'
-        f'<text x="{LEFT}" y="30" font-size="16" font-weight="bold">{escape(title)}</text>\n' + "\n".join(body) + "\n</svg>\n"
+        f'<rect width="100%" height="100%" fill="#ffffff"/>\n{heading}' + "\n".join(body) + "\n</svg>\n"
     )
-    write_whole(path, svg)
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
@@ -120,11 +138,6 @@ def tick_texts(values: Sequence[float]) -> list[str]:
         return ["0" if value == 0 else f"{value:.{digits}e}" for value in values]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [f"{value:,.{decimals}f}" for value in values]
-
-
-def _series(name: str, rows: Iterable[Row], key: str, **style) -> Series:
-    pairs = [(row["step"], row[key]) for row in rows]
-    return Series(name, [x for x, _ in pairs], [y for _, y in pairs], **style)
 
 
 def _draw(panel: Panel) -> Iterable[str]:

@@ -1,4 +1,5 @@
-"""Where the numbers of a run go: a console line, metrics.jsonl; each a sink, chosen by name in `metrics.sinks`, on rank 0 alone.
+"""Where the numbers of a run go: a console line, metrics.jsonl, a tracker (trackers.py); each a sink, chosen by name in
+`metrics.sinks`, on rank 0 alone.
 
     sinks.write(row)  ->  step 12/100  loss 1.2345  lr 1.0e-05  grad 0.83  1,234 tok/s ...      and a line of metrics.jsonl
     sinks.event(name) ->  step 12/100  checkpoint  path=...                                     and a line of events.jsonl
@@ -12,12 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 from torchft import dist
+from torchft.config.problems import redact_text
 from torchft.errors import Problem
 from torchft.log import get_logger
+from torchft.metrics.profile import ProfileConfig
 from torchft.metrics.rows import Row, encode_row, rewind_rows
+from torchft.metrics.trackers import TRACKERS, Tracked, missing_packages
 
 log = get_logger(__name__)
 
@@ -27,15 +31,19 @@ class MetricsConfig:
     """What is logged, how often and where to."""
 
     every_steps: int = 1  # log every n-th step
-    sinks: list[str] = field(default_factory=lambda: ["console", "jsonl"])  # where to: console, jsonl
+    sinks: list[str] = field(default_factory=lambda: ["console", "jsonl"])  # where to: console, jsonl, tensorboard, wandb, mlflow, swanlab
+    project: str = "torchft"  # project (MLflow: experiment) of the run at wandb, mlflow and swanlab
+    level: Literal["debug", "info", "warning", "error"] = "info"  # least severe message on stderr; other ranks say warnings and errors
     peak_tflops: float | None = None  # a device's dense peak in TFLOP/s, for MFU; null: from a table by the device's name, CPU none
+    profile: ProfileConfig = field(default_factory=ProfileConfig)  # a window of steps under torch's profiler
 
     def check(self) -> Iterator[Problem]:
         if self.every_steps < 1:
             yield Problem("metrics.every_steps", str(self.every_steps), "at least 1", "use 1 to log every step")
         for name in self.sinks:
-            if name not in SINKS:
-                yield Problem("metrics.sinks", name, f"any of {', '.join(SINKS)}", "correct the name, or remove it")
+            if name not in SINKS and name not in TRACKERS:
+                yield Problem("metrics.sinks", name, f"any of {', '.join([*SINKS, *TRACKERS])}", "correct the name, or remove it")
+        yield from missing_packages(self.sinks)
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             yield Problem("metrics.peak_tflops", str(self.peak_tflops), "more than 0 TFLOP/s, or null", "use null if it is unknown")
 
@@ -130,7 +138,7 @@ class Sinks:
         for name, sink in list(self.active.items()):
             try:
                 call(sink)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # trackers exit when a login fails
                 del self.active[name]
                 _warn(name, error)
 
@@ -140,8 +148,11 @@ def build_sinks(cfg: MetricsConfig, folder: Path, *, num_steps: int, resumed_ste
     sinks: dict[str, Sink] = {}
     for name in cfg.sinks if dist.rank() == 0 else ():
         try:
-            sinks[name] = SINKS[name](folder, num_steps, resumed_step)
-        except Exception as error:
+            if name in TRACKERS:
+                sinks[name] = TRACKERS[name](Tracked(folder, cfg.project, resumed_step))
+            else:
+                sinks[name] = SINKS[name](folder, num_steps, resumed_step)
+        except (Exception, SystemExit) as error:
             _warn(name, error)
     return Sinks(sinks)
 
@@ -159,5 +170,5 @@ def validation_text(row: Row) -> str:
     return "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key.startswith("val/"))
 
 
-def _warn(name: str, error: Exception) -> None:
-    log.warning("metrics sink %r is switched off, the run goes on: %s: %s", name, type(error).__name__, error)
+def _warn(name: str, error: BaseException) -> None:
+    log.warning("metrics sink %r is switched off, the run goes on: %s: %s", name, type(error).__name__, redact_text(str(error)))

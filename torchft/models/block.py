@@ -6,6 +6,8 @@
 The names are HF's: in a sandwich `post_attention_layernorm` is the norm after attention, in a pre-norm block the one before the MLP.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from torchft.models.layers.attention import Attention
@@ -18,14 +20,14 @@ from torchft.models.spec import ModelSpec
 class Block(nn.Module):
     """Layer number `layer` (global, over all pipeline stages) of a decoder."""
 
-    def __init__(self, spec: ModelSpec, layer: int):
+    def __init__(self, spec: ModelSpec, layer: int, core: str):
         super().__init__()
         self.input_layernorm = build_norm(spec.hidden_size, spec.norm)
-        self.self_attn = Attention(spec, layer)
+        self.self_attn = Attention(spec, layer, core)
         self.post_attention_layernorm = build_norm(spec.hidden_size, spec.norm)
         self.mlp = build_mlp(spec)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None, prepared: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None, prepared: Any, cache: KVCache | None = None) -> Tensor:
         """x (b, t, d) -> (b, t, d); table and prepared as in Attention."""
         x = x + self.self_attn(self.input_layernorm(x), table, prepared, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -34,24 +36,24 @@ class Block(nn.Module):
 class SandwichBlock(nn.Module):
     """The same with a norm on what is added to the stream as well."""
 
-    def __init__(self, spec: ModelSpec, layer: int):
+    def __init__(self, spec: ModelSpec, layer: int, core: str):
         super().__init__()
         self.input_layernorm = build_norm(spec.hidden_size, spec.norm)
-        self.self_attn = Attention(spec, layer)
+        self.self_attn = Attention(spec, layer, core)
         self.post_attention_layernorm = build_norm(spec.hidden_size, spec.norm)
         self.pre_feedforward_layernorm = build_norm(spec.hidden_size, spec.norm)
         self.mlp = build_mlp(spec)
         self.post_feedforward_layernorm = build_norm(spec.hidden_size, spec.norm)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None, prepared: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None, prepared: Any, cache: KVCache | None = None) -> Tensor:
         """As Block."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), table, prepared, cache))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-def build_block(spec: ModelSpec, layer: int) -> nn.Module:
-    """The block a spec describes."""
-    return BLOCKS[spec.block](spec, layer)
+def build_block(spec: ModelSpec, layer: int, core: str = "auto") -> nn.Module:
+    """The block a spec describes, with the attention core of this name."""
+    return BLOCKS[spec.block](spec, layer, core)
 
 
 BLOCKS = {"pre": Block, "sandwich": SandwichBlock}

@@ -74,7 +74,7 @@ def _folder_fix(path: Path) -> str:
     if path.is_file():
         return "give the folder, not a file in it"
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    return _did_you_mean(path.name, siblings) + "check the path (no model is downloaded)"
+    return _did_you_mean(path.name, siblings) + "check the path; a model on the hub is named org/name"
 
 
 def _did_you_mean(given: str, known: Any) -> str:

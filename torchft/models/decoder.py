@@ -29,9 +29,10 @@ class Decoder(nn.Module):
     """All of a ModelSpec, or the stage that holds `layers`, with the embedding if `first` and the norm and heads if `last`.
 
     A tied head owns no parameter; the last stage then holds its own copy of `embed_tokens` (see parallel/pp.py).
+    core: the attention core, a key of CORES (layers/attend.py).
     """
 
-    def __init__(self, spec: ModelSpec, layers: range | None = None, *, first: bool = True, last: bool = True):
+    def __init__(self, spec: ModelSpec, layers: range | None = None, *, first: bool = True, last: bool = True, core: str = "auto"):
         super().__init__()
         self.spec, self.first, self.last = spec, first, last
         layers = range(spec.num_layers) if layers is None else layers
@@ -40,7 +41,7 @@ class Decoder(nn.Module):
             self.embed_tokens = build_embedding(spec)
         if first and spec.learned_positions:
             self.embed_positions = nn.Embedding(spec.max_seq_len, spec.hidden_size)
-        self.layers = nn.ModuleDict({str(i): build_block(spec, i) for i in layers})
+        self.layers = nn.ModuleDict({str(i): build_block(spec, i, core) for i in layers})
         self.ropes = {name: Rope(rope, spec.attention.head_dim) for name, rope in spec.rope.items()}
         if last:
             self.norm = build_norm(spec.hidden_size, spec.norm)
@@ -56,13 +57,14 @@ class Decoder(nn.Module):
         reduce: Callable[[Tensor, Heads], Any] | None = None,
         cache: KVCache | None = None,
         scale: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Any:
         """x: tokens (b, t) on the first stage, hidden (b, t, d) on later ones; positions (b, t).
 
         Gives hidden (b, t, d) before the last stage; on the last `reduce(hidden, heads)`, or the logits (b, t, v) without `reduce`.
-        scale: the step's loss scale / count, for losses that arise inside layers.
+        scale: the step's loss scale / count, for losses that arise inside layers. noise (b, t, d): added to `embed_tokens`' output.
         """
-        h = self._embed(x, positions) if self.first else x
+        h = self._embed(x, positions, noise) if self.first else x
         tables = {name: rope.table(positions, h.dtype, layout.doc_q) for name, rope in self.ropes.items()}
         prepared = self._prepare(layout)
         for index, block in self.layers.items():
@@ -79,9 +81,11 @@ class Decoder(nn.Module):
         assert heads["lm"].vocab is None, "whole logits don't exist under tensor parallelism: pass `reduce`"
         return heads["lm"].logits(hidden)
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, positions: Tensor, noise: Tensor | None) -> Tensor:
         """(b, t) -> (b, t, d)."""
         h = self.embed_tokens(tokens)
+        if noise is not None:
+            h = h + noise.to(h.dtype)
         return h + self.embed_positions(positions) if self.spec.learned_positions else h
 
     def _prepare(self, layout: Layout) -> dict[int | None, Any]:
@@ -101,6 +105,7 @@ def build_decoder(
     *,
     first: bool = True,
     last: bool = True,
+    core: str = "auto",
     device: torch.device | str = "meta",
     dtype: torch.dtype = torch.float32,
 ) -> Decoder:
@@ -109,7 +114,7 @@ def build_decoder(
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            model = Decoder(spec, layers, first=first, last=last)
+            model = Decoder(spec, layers, first=first, last=last, core=core)
     finally:
         torch.set_default_dtype(before)
     return model if torch.device(device).type == "meta" else model.to_empty(device=device)

@@ -1,6 +1,6 @@
 """The optimizer over parameters by global name: what decays, what has a learning rate of its own, and setting the rate of a step.
 
-    named parameters --first matching rule of optim.groups, then ndim--> (rule, decay), (rule, no decay), ... --> AdamW
+    named parameters --first matching rule of optim.groups, then ndim--> (rule, decay), (rule, no decay), ... --> OPTIMIZERS[name]
 
 Matrices (linear layers, embeddings) decay; vectors (norms, biases) don't. Every rule has both of its groups on every rank, empty or
 not, and names are sorted inside a group, so the groups do not depend on module order or layout. Fused AdamW is one kernel, takes
@@ -17,6 +17,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from torchft.errors import Problem
+from torchft.optim.adafactor import Adafactor, AdafactorConfig
+from torchft.optim.adamw_8bit import adamw_8bit
 
 
 @dataclass
@@ -28,13 +30,16 @@ class ParamRule:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"  # the optimizer: adamw
+    name: str = "adamw"  # adamw, adamw_8bit (moments in 8 bits), adafactor or sgd
     lr: float = 1e-5  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.999)  # decay of the running averages of gradient and squared gradient
-    eps: float = 1e-8  # added to the denominator
-    weight_decay: float = 0.01  # decoupled decay of matrices; norms and biases never decay
+    betas: tuple[float, float] = (0.9, 0.999)  # adamw: decay of the running averages of gradient and squared gradient
+    eps: float = 1e-8  # adamw: added to the denominator
+    momentum: float = 0.0  # sgd: decay of the running sum of gradients; 0: none
+    nesterov: bool = False  # sgd: look ahead along the momentum
+    adafactor: AdafactorConfig = field(default_factory=AdafactorConfig)  # what only adafactor has
+    weight_decay: float = 0.01  # of matrices, decoupled (sgd: added to the gradient); norms and biases never decay
     max_norm: float | None = 1.0  # clip the gradient's norm over all parameters and ranks to this; null: don't clip
-    fused: bool = True  # one kernel for the whole update
+    fused: bool = True  # adamw: one kernel for the whole update
     groups: list[ParamRule] = field(default_factory=list)  # rules for some parameters; all others follow the keys above
 
     def check(self) -> Iterator[Problem]:
@@ -46,6 +51,10 @@ class OptimConfig:
             yield Problem("optim.betas", str(list(self.betas)), "two numbers, at least 0 and below 1", "give e.g. [0.9, 0.95]")
         if not self.eps > 0:
             yield Problem("optim.eps", str(self.eps), "above 0", "give e.g. 1e-8")
+        if not 0 <= self.momentum < 1:
+            yield Problem("optim.momentum", str(self.momentum), "at least 0 and below 1", "give e.g. 0.9")
+        if self.nesterov and not self.momentum:
+            yield Problem("optim.nesterov", "true", "an optim.momentum above 0 to look ahead along", "set optim.momentum=0.9")
         if not self.weight_decay >= 0:
             yield Problem("optim.weight_decay", str(self.weight_decay), "0 or more", "give e.g. 0.01")
         if self.max_norm is not None and not self.max_norm > 0:
@@ -69,7 +78,11 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], cfg: Opti
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """The learning rate of the coming step: `lr`, times each group's own `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        rate = lr * group.get("lr_scale", 1.0)
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)  # 8-bit AdamW insists on a tensor
+        else:
+            group["lr"] = rate
 
 
 def check_rules(names: Iterable[str], cfg: OptimConfig) -> Iterator[Problem]:
@@ -114,4 +127,22 @@ def _adamw(groups: list[dict[str, Any]], cfg: OptimConfig) -> Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=cfg.fused)
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], Optimizer]] = {"adamw": _adamw}
+def _adamw_8bit(groups: list[dict[str, Any]], cfg: OptimConfig) -> Optimizer:
+    return adamw_8bit(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
+
+
+def _adafactor(groups: list[dict[str, Any]], cfg: OptimConfig) -> Optimizer:
+    return Adafactor(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, cfg=cfg.adafactor)
+
+
+def _sgd(groups: list[dict[str, Any]], cfg: OptimConfig) -> Optimizer:
+    # never fused: that kernel refuses DTensors
+    return torch.optim.SGD(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum, nesterov=cfg.nesterov)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], Optimizer]] = {
+    "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+}

@@ -49,7 +49,8 @@ def parallelize(
             apply_fsdp(module, mesh, precision, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard)
         module.to_empty(device=mesh.device)
     pipeline = _pipeline(modules, mesh, parallel, precision)
-    return Parts(list(modules), mesh, _over_stages(trainable, mesh), pipeline, parallel.fsdp.sync_every_micro_batch)
+    tokens_over = mesh.degrees["tp"] if parallel.sequence_parallel else 1
+    return Parts(list(modules), mesh, _over_stages(trainable, mesh), pipeline, parallel.fsdp.sync_every_micro_batch, tokens_over)
 
 
 def _pipeline(modules: Sequence[Decoder], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> Pipeline | None:

@@ -22,14 +22,22 @@ DtypeName = Literal["fp32", "bf16", "fp64"]
 @dataclass
 class PrecisionConfig:
     params: DtypeName = "fp32"  # parameters and optimizer state; bf16: pure bf16
-    compute: DtypeName | None = None  # forward and backward; bf16 over fp32 params: mixed precision; null: as params
-    reduce: DtypeName | None = None  # FSDP2's gradient reduction; null: fp32 under bf16 compute (tp sums in compute precision)
+    compute: Literal["fp32", "bf16", "fp16", "fp64"] | None = None  # forward and backward; bf16 or fp16 over fp32: mixed; null: as params
+    reduce: DtypeName | None = None  # FSDP2's gradient reduction; null: fp32 under bf16 and fp16 compute (tp sums in compute precision)
+    loss_scale: float = 65536.0  # fp16: factor on the loss at the start; halved at an overflow, whose step is skipped
+    loss_scale_growth_steps: int = 2000  # fp16: double the factor after so many good steps in a row
     matmul: Literal["highest", "high", "medium"] = "highest"  # fp32 matrix products: high allows TF32 on CUDA
 
     def check(self) -> Iterator[Problem]:
-        widths = {"bf16": 2, "fp32": 4, "fp64": 8}
+        widths = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
         if self.compute and widths[self.compute] > widths[self.params]:
             yield Problem("precision.compute", self.compute, f"no wider than precision.params={self.params}", "set precision.params=fp32")
+        if self.compute == "fp16" and self.params == "bf16":
+            yield Problem("precision.compute", "fp16", "precision.params=fp32 under it", "set precision.params=fp32")
+        if not self.loss_scale >= 1:
+            yield Problem("precision.loss_scale", str(self.loss_scale), "1 or more", "use 65536")
+        if self.loss_scale_growth_steps < 1:
+            yield Problem("precision.loss_scale_growth_steps", str(self.loss_scale_growth_steps), "at least 1", "use 2000")
 
     @property
     def is_mixed(self) -> bool:
@@ -43,7 +51,7 @@ class PrecisionConfig:
 
 def apply_fsdp(model: Decoder, mesh: Mesh, cfg: PrecisionConfig, *, reshard_after_forward: bool) -> None:
     """Shards each block and then the root (embedding, final norm, heads), in place."""
-    reduce = DTYPES[cfg.reduce] if cfg.reduce else (torch.float32 if cfg.compute_dtype == torch.bfloat16 else None)
+    reduce = DTYPES[cfg.reduce] if cfg.reduce else (torch.float32 if cfg.compute_dtype.itemsize < 4 else None)
     policy = MixedPrecisionPolicy(param_dtype=cfg.compute_dtype if cfg.is_mixed else None, reduce_dtype=reduce)
     for block in model.layers.values():
         fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)

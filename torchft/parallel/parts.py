@@ -12,12 +12,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchft.batch import Across, Batch, Heads, Loss
+from torchft.compat import forget_step
+from torchft.dist import agree
 from torchft.models.decoder import Decoder
 from torchft.parallel.grads import clip, global_norm
 from torchft.parallel.mesh import Mesh
+from torchft.parallel.noise import embedding_noise
 from torchft.parallel.pp import Pipeline
 
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), this rank's micro-batches
+
+
+class MicroBatchTooLarge(Exception):
+    """Some rank had no memory for the micro-batch; raised on every rank, with all gradients gone."""
 
 
 @dataclass
@@ -29,6 +36,8 @@ class Parts:
     trainable: frozenset[str]
     pipeline: Pipeline | None = None
     sync_every_micro_batch: bool = False  # reduce gradients after each micro-batch: less memory, more traffic
+    tokens_over: int = 1  # tp ranks among which the stream's tokens are dealt (sequence parallelism)
+    agrees_on_memory: bool = False  # on out-of-memory raise MicroBatchTooLarge, on all ranks; one more collective a step
 
     @property
     def has_first(self) -> bool:
@@ -58,11 +67,29 @@ class Parts:
 
         Gives the metrics of each micro-batch, on the last pipeline stage; none on the others.
         """
+        if not self.agrees_on_memory:
+            return self._accumulate(batches, loss, scale)
+        failed = False
+        try:
+            metrics = self._accumulate(batches, loss, scale)
+        except torch.OutOfMemoryError:
+            failed = True  # handled outside: the exception would keep the activations alive
+        if not agree(failed):
+            return metrics
+        for module in self.modules:
+            if isinstance(module, FSDPModule):
+                forget_step(module)
+            module.zero_grad(set_to_none=True)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise MicroBatchTooLarge
+
+    def _accumulate(self, batches: Sequence[Batch], loss: Loss, scale: float) -> list[Metrics]:
         seen: list[Metrics] = []
         batches = [self.place(batch) for batch in batches]
         reduces = [_loss_of(loss, batch, Across(scale=scale), seen) for batch in batches]
         if self.pipeline:
-            self.pipeline.run(batches, reduces, backward=True)
+            self.pipeline.run(batches, reduces, backward=True, noises=[self._noise(batch) for batch in batches])
             self.pipeline.sum_tied_gradient()
         else:
             module = self.modules[0]
@@ -70,7 +97,8 @@ class Parts:
                 if isinstance(module, FSDPModule):
                     module.set_requires_gradient_sync(self.sync_every_micro_batch or i == len(batches) - 1)
                     module.set_is_last_backward(i == len(batches) - 1)
-                module(batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce).backward()
+                noise = self._noise(batch)
+                module(batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce, noise=noise).backward()
         return seen
 
     @torch.no_grad()
@@ -91,10 +119,10 @@ class Parts:
         finally:
             for module in self.modules:
                 module.train(training)
-            self._reshard()
+            self.reshard()
         return results if self.has_last else None
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
         """Frees gathered parameters. What stays gathered after a forward would be stale after an update, and would be saved in the
         compute precision instead of the parameters."""
         for root in self.modules:
@@ -102,8 +130,13 @@ class Parts:
                 if isinstance(module, FSDPModule):
                     module.reshard()  # not recursive
 
-    def clip(self, max_norm: float | None) -> Tensor:
-        """Clips all gradients to max_norm (None: no clipping); their norm over all axes before that, the same on every rank."""
+    def clip(self, max_norm: float | None, *, loss_scale: float = 1.0) -> Tensor:
+        """Takes the loss scale out of all gradients and clips them to max_norm (None: no clipping); their norm over all axes between
+        the two, the same on every rank."""
+        if loss_scale != 1.0:
+            for _, parameter in self.named_parameters(copies=True):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1.0 / loss_scale)
         norm = global_norm((p for _, p in self.named_parameters()), self.mesh.device)
         clip((p for _, p in self.named_parameters(copies=True)), max_norm, norm)
         return norm
@@ -119,6 +152,11 @@ class Parts:
         if self.pipeline:  # only the last stage has numbers, the others added zeros
             dist.all_reduce(table, group=self.mesh.group("pp"))
         return {name: total / count if count else float("nan") for name, (total, count) in zip(names, table.tolist(), strict=True)}
+
+    def _noise(self, batch: Batch) -> Tensor | None:
+        """This rank's tokens of the noise on the batch's embeddings: (b, t or t / tp, d)."""
+        noise = embedding_noise(batch, self.modules[0].spec.hidden_size) if self.has_first else None
+        return noise if noise is None else noise.chunk(self.tokens_over, dim=1)[self.mesh.rank("tp") % self.tokens_over]
 
     def _names_of(self, metrics: Metrics) -> list[str]:
         """The metrics' names, which only the last pipeline stage knows."""

@@ -39,11 +39,11 @@ def stage_ranges(num_layers: int, num_stages: int) -> list[range]:
     return [range(lo, hi) for lo, hi in itertools.pairwise(bounds)]
 
 
-def build_stages(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> list[Decoder]:
-    """This rank's stages, on meta."""
+def build_stages(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, core: str = "auto") -> list[Decoder]:
+    """This rank's stages, on meta. core: the attention core."""
     stage, count = mesh.rank("pp"), mesh.degrees["pp"]
     layers = stage_ranges(spec.num_layers, count)[stage]
-    return [build_decoder(spec, layers, first=stage == 0, last=stage == count - 1, dtype=dtype)]
+    return [build_decoder(spec, layers, first=stage == 0, last=stage == count - 1, core=core, dtype=dtype)]
 
 
 @dataclass
@@ -60,8 +60,13 @@ class Pipeline:
         self._built: dict[tuple, Any] = {}
         self.tied_group = self._tied_group()
 
-    def run(self, batches: Sequence[Batch], reduces: Sequence[Callable], *, backward: bool) -> None:
-        """One pass; reduces[i](hidden, heads) -> (1,) is called on the last stage for batches[i]. Without `backward`: forward alone."""
+    def run(
+        self, batches: Sequence[Batch], reduces: Sequence[Callable], *, backward: bool, noises: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """One pass; reduces[i](hidden, heads) -> (1,) is called on the last stage for batches[i]. Without `backward`: forward alone.
+
+        noises[i]: added to the embeddings of batches[i].
+        """
         b, t = batches[0].tokens.shape
         assert all(batch.tokens.shape == (b, t) for batch in batches), "micro-batches of a step must have one shape under pp"
         key = (b, t, len(batches), backward)
@@ -70,13 +75,13 @@ class Pipeline:
                 del self._built[next(iter(self._built))]
             self._built[key] = self._build(*key)
         args = [(batch.tokens,) if self.module.first else () for batch in batches]
-        pairs = zip(batches, reduces, strict=True)
-        kwargs = [{"layout": batch.layout(), "positions": batch.positions, "reduce": reduce} for batch, reduce in pairs]
+        each = zip(batches, reduces, noises or [None] * len(batches), strict=True)
+        kwargs = [{"layout": b.layout(), "positions": b.positions, "reduce": reduce, "noise": noise} for b, reduce, noise in each]
         run_microbatches(self._built[key], args, kwargs, list(batches) if backward else None)
 
     def sum_tied_gradient(self) -> None:
         """Adds up the embedding's gradient over the first and the last stage; both hold the sum afterwards."""
-        if self.tied_group is not None:
+        if self.tied_group is not None and self.module.embed_tokens.weight.requires_grad:
             grad = self.module.embed_tokens.weight.grad
             dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=self.tied_group)
 

@@ -5,6 +5,8 @@ special_tokens_map.json, added_tokens.json, chat_template.jinja or .json and gen
 """
 
 import json
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         f"{path}: no tokenizer here\n  given:    {found}\n  expected: tokenizer.json, or tokenizer.model (SentencePiece)\n"
         "  fix:      copy the tokenizer files of the model into this folder, or point tokenizer.path at a folder that has them"
     )
+
+
+def tokenizer_of(files: Mapping[str, bytes]) -> Tokenizer:
+    """The tokenizer that these files, by name, make: of a model that stands in no folder yet. Raises DataError."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return load_tokenizer(folder)
 
 
 def read_settings(folder: Path) -> Settings:

@@ -6,10 +6,11 @@ from torchft.data.holdout import held_out_names
 from torchft.data.loader import grad_accum
 from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
-from torchft.models.decoder import build_decoder
+from torchft.models.layers.attend import check_core
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import check_rules
 from torchft.parallel.mesh import Mesh, check_degrees
+from torchft.train.freeze import check_freeze, trained_names
 
 log = get_logger(__name__)
 
@@ -19,19 +20,43 @@ PURE_BF16_LR = 1e-4  # at 1e-5 AdamW moves only a sixth of what it should: a bf1
 def check_job(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     """Every problem of this config with this model on these processes."""
     yield from check_degrees(mesh.degrees, spec, cfg.parallel)
+    yield from check_core(cfg.model.attention, spec.attention, mesh.device.type, cfg.precision.compute_dtype)
     yield from _check_lengths(cfg, spec, mesh)
     yield from _check_batches(cfg, mesh)
     yield from _check_validation(cfg)
+    yield from _check_options(cfg, spec, mesh)
     if cfg.data.streaming and cfg.train.epochs is not None:
         given, expected = f"{cfg.train.epochs} with data.streaming=true", "train.steps: what is streamed has no known end"
         yield Problem("train.epochs", given, expected, "set train.steps instead")
-    yield from check_rules((name for name, _ in build_decoder(spec).named_parameters()), cfg.optim)
     if cfg.precision.params == "bf16" and cfg.optim.lr < PURE_BF16_LR:
         log.warning(
             "precision.params=bf16 with optim.lr=%g: most updates are smaller than bf16 can add and are lost; "
             "use precision.params=fp32 precision.compute=bf16, or a larger rate",
             cfg.optim.lr,
         )
+
+
+def _check_options(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
+    """Options that some models and layouts don't carry."""
+    frozen = list(check_freeze(cfg, spec, mesh))
+    yield from frozen
+    if not frozen:
+        yield from check_rules(trained_names(spec, cfg.model.train, cfg.model.freeze), cfg.optim)
+    if cfg.validate.prompts and (mesh.degrees["tp"] > 1 or mesh.degrees["pp"] > 1):
+        yield Problem("validate.prompts", str(cfg.validate.prompts), "no prompts under parallel.tp or parallel.pp", "remove them")
+    if cfg.validate.prompts and not (cfg.validate.every_steps or cfg.validate.at_start):
+        yield Problem("validate.prompts", str(cfg.validate.prompts), "validation during the run", "set validate.every_steps")
+    if cfg.validate.prompts and cfg.model.attention == "varlen":
+        expected = "an attention core that reads a KV cache; varlen reads whole documents only"
+        yield Problem("validate.prompts", str(cfg.validate.prompts), expected, "remove them, or set model.attention=flex")
+    if cfg.export.best and not cfg.checkpoint.best_by:
+        yield Problem("export.best", "true", "a metric in checkpoint.best_by that says which is best", "set checkpoint.best_by")
+    if cfg.optim.name == "adamw_8bit" and mesh.degrees["tp"] > 1:
+        expected = "parallel.tp=1: its blocks of 256 numbers can't be cut by columns"
+        yield Problem("optim.name", "adamw_8bit", expected, "use optim.name=adamw or adafactor, or set parallel.tp=1")
+    if cfg.train.auto_micro_batch and mesh.degrees["pp"] > 1:
+        expected = "parallel.pp=1: the other stages would wait for the one that ran out of memory"
+        yield Problem("train.auto_micro_batch", "true", expected, "set train.micro_batch_size by hand")
 
 
 def _check_lengths(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
@@ -61,12 +86,12 @@ def _check_validation(cfg) -> Iterator[Problem]:
     names = [*cfg.data.validation, *held_out_names(cfg.data)]
     if (cfg.validate.every_steps or cfg.validate.at_start) and not names:
         key = "validate.every_steps" if cfg.validate.every_steps else "validate.at_start"
-        yield Problem(
-            key,
-            str(cfg.validate.every_steps or True),
-            "a source in data.validation",
-            "add data.validation.NAME.path, or data.validation_size",
-        )
-    keys = [f"val/{name}/loss" for name in names]
-    if cfg.checkpoint.best_by and cfg.checkpoint.best_by not in keys:
-        yield Problem("checkpoint.best_by", cfg.checkpoint.best_by, f"one of {keys}", "name a validation source's loss")
+        fix = "add data.validation.NAME.path, or data.validation_size"
+        yield Problem(key, str(cfg.validate.every_steps or True), "a source in data.validation", fix)
+    sources = [f"val/{name}/" for name in names]
+    for key, metric in (("checkpoint.best_by", cfg.checkpoint.best_by), ("validate.early_stop.metric", cfg.validate.early_stop.metric)):
+        if metric and not any(metric.startswith(source) for source in sources):
+            expected = f"a metric of one of {[source + 'loss' for source in sources]}"
+            yield Problem(key, metric, expected, "name a metric of a source in data.validation")
+        elif metric and not cfg.validate.every_steps:
+            yield Problem(key, metric, "validation during the run", "set validate.every_steps")

@@ -4,23 +4,29 @@ Chats (SourceConfig, with a template) and documents (TextConfig, without one) di
 after that.
 """
 
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
-from torchft.data.formats import sample_from_record
+from torchft.data.files import find_files
 from torchft.data.holdout import held_out_names, hold_out
 from torchft.data.loader import DataConfig, Loader, evaluation_steps
 from torchft.data.mixture import build_mixture
-from torchft.data.sources import SourceConfig, find_files, open_records
+from torchft.data.sources import SourceConfig, mapping_of, open_records, resolve
 from torchft.data.streaming import STREAMED, Lines, VirtualStreams
 from torchft.data.templates import Template, build_template
 from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
-from torchft.data.tokenize import encode_record, truncate
+from torchft.data.tokenize import all_roles, encode_all, encode_record
+from torchft.data.truncation import truncate
+from torchft.data.types import Encoded, Message
 from torchft.dist import World
 from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
@@ -37,13 +43,13 @@ Source = SourceConfig | TextConfig
 
 @dataclass
 class TokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model; null: model.path
+    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
     template: str = "auto"  # chat template: auto (the tokenizer's own) or chatml
 
 
 @dataclass
 class TextTokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model; null: model.path
+    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,32 @@ def build_tokens(cfg: DataConfig | TextDataConfig, text: Text, world: World) -> 
     return Tokens(train, validation)
 
 
+def encode_prompts(prompts: Sequence[str], text: Text) -> list[list[int]]:
+    """Token ids to continue: a user's message where there is a chat template, else the text as it stands."""
+    if text.template is not None:
+        return [text.template.prompt([Message("user", prompt)]) for prompt in prompts]
+    tokenizer = text.tokenizer
+    return [[tokenizer.bos_id] * tokenizer.adds_bos + tokenizer.encode(prompt) for prompt in prompts]
+
+
+def check_prompts(prompts: Sequence[str], spec: ModelSpec, text: Text) -> Iterator[Problem]:
+    """Prompts that leave the model nothing to continue, or no room to."""
+    for i, ids in enumerate(encode_prompts(prompts, text)):
+        if not 0 < len(ids) < spec.max_seq_len:
+            expected = f"1 to {spec.max_seq_len - 1} tokens"
+            yield Problem(f"validate.prompts.{i}", f"{len(ids)} tokens", expected, "give a text that the model has room to continue")
+
+
+def data_facts(train: list[TokenCache], validation: Mapping[str, TokenCache]) -> list[dict[str, Any]]:
+    """What the sources hold, as JSON values: counts, and the lengths of the kept samples (shortest, median, 95%, longest)."""
+    named = [("train", cache.name, cache) for cache in train] + [("validation", name, cache) for name, cache in validation.items()]
+    return [{"use": use, "name": name, **asdict(cache.counts), "lengths": _lengths(cache)} for use, name, cache in named]
+
+
+def _lengths(cache: TokenCache) -> list[int]:
+    return np.percentile(cache.lengths(np.arange(len(cache))), (0, 50, 95, 100)).astype(int).tolist()
+
+
 def build_loader(
     caches: list[TokenCache], cfg: DataConfig | TextDataConfig, rows: Rows, text: Text, *, global_batch_size: int, seed: int
 ) -> Loader:
@@ -116,7 +148,7 @@ def build_loader(
         dp_size=rows.mesh.dp_size,
         seed=seed,
         packing=cfg.packing,
-        length_grouping=cfg.length_grouping,
+        group_by_length=cfg.group_by_length,
         shuffle=cfg.shuffle,
         window=cfg.window,
         mixture=build_mixture(cfg.train, cfg.mixture, sizes=sizes, tokens=tokens) if caches else None,
@@ -153,7 +185,7 @@ def validation_passes(
 def build_source(source: Source, text: Text, cfg: DataConfig | TextDataConfig, world: World, run: str | None = None) -> TokenCache:
     """One tokenised source, made by all of `world`; run: a word shared by them where they are no process group."""
     threads = min(MAX_THREADS, max(1, (os.cpu_count() or 1) // world.local_size))
-    plan = source_plan(source, text, cfg)
+    plan = source_plan(source, text, cfg) | {"max_bad_records": cfg.max_bad_records}
     return build_cache(cfg.cache, **plan, rank=world.rank, world_size=world.size, run=run, threads=threads, report=log.info)
 
 
@@ -184,23 +216,37 @@ def open_streams(source: Source, text: Text, cfg: DataConfig | TextDataConfig, s
     )
 
 
-def roles_of(record: dict, where: str, source: Source, text: Text, num_tokens: int) -> list[str]:
-    """Who wrote each token of a record."""
-    if isinstance(source, TextConfig) or text.template is None:
-        return ["document"] * num_tokens
-    return text.template.roles(sample_from_record(record, where, source.format).messages)
+def encode_with_roles(
+    record: dict, where: str, source: Source, text: Text, cfg: DataConfig | TextDataConfig
+) -> Iterator[tuple[str, Encoded, list[str]]]:
+    """All that a record holds, preference data included: what it is, its tokens in full length, and who wrote each."""
+    if isinstance(source, TextConfig):
+        whole = encode_for(source, text, cfg)(record, where)
+        made, roles = {"text": whole} if whole else {}, {"text": None}
+    else:
+        source = resolve(source)
+        how = {"template": text.template, "format": source.format, "mapping": mapping_of(source), "masks": cfg.masks}
+        made, roles = encode_all(record, where, **how), all_roles(record, where, **how)
+    for kind, encoded in made.items():
+        yield kind, encoded, roles[kind] or ["document"] * len(encoded.ids)
+
+
+def encode_for(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> Callable[[dict, str], Encoded | None]:
+    """(record, where) -> tokens of this source, in full length."""
+    if isinstance(source, TextConfig):
+        return partial(encode_document, text_key=source.text_key, tokenizer=text.tokenizer)
+    source = resolve(source)
+    return partial(encode_record, template=text.template, format=source.format, mapping=mapping_of(source), masks=cfg.masks)
 
 
 def _encoding(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> dict[str, Any]:
     """How records become tokens, and the key of that, still without the source's digest."""
+    plan: dict[str, Any] = {"encode": encode_for(source, text, cfg)}
     if isinstance(source, TextConfig):  # documents are kept whole, so that one cache serves every seq_len
-        return {
-            "encode": lambda record, where: encode_document(record, where, text_key=source.text_key, tokenizer=text.tokenizer),
-            "key": CacheKey("", "text", text.tokenizer.digest, "", 0, "none"),
-        }
-    return {
-        "encode": lambda record, where: encode_record(record, where, format=source.format, template=text.template),
-        "key": CacheKey("", source.format, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
-        "truncate": lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where),
+        return plan | {"key": CacheKey("", "text", text.tokenizer.digest, "", 0, "none")}
+    masks = json.dumps(asdict(cfg.masks), sort_keys=True)
+    return plan | {
+        "key": CacheKey("", masks, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
+        "truncate": lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where, keep_end=cfg.masks.replies == "last"),
         "max_dropped_share": cfg.max_dropped_share,
     }

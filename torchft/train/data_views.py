@@ -23,7 +23,7 @@ from torchft.data.stats import EpochStats, SourceStats, epoch_stats, source_stat
 from torchft.dist import World
 from torchft.errors import ConfigError, Problem, TorchftError
 from torchft.parallel.mesh import AXES, Mesh
-from torchft.train.data import Rows, Source, Text, build_loader, build_source, build_text, build_tokens, roles_of, source_plan
+from torchft.train.data import Rows, Source, Text, build_loader, build_source, build_text, build_tokens, encode_with_roles, source_plan
 from torchft.train.recipes import load_recipe
 
 Only = Literal["truncated", "dropped", "longest"]
@@ -109,10 +109,9 @@ def _samples(data: Data, name: str, first: int) -> Iterator[Shown]:
     """The samples of a source from record `first` on, one after the other."""
     source = data.sources[name]
     plan = source_plan(source, data.text, data.cfg.data)
-    records, encode, truncate = plan["records"], plan["encode"], plan.get("truncate")
+    records, truncate = plan["records"], plan.get("truncate")
     for _, record, where in records.read(min(first, len(records)), len(records)):
-        whole = encode(record, where)
-        if whole is not None:
+        for kind, whole, roles in encode_with_roles(record, where, source, data.text, data.cfg.data):
             kept = truncate(whole, where) if truncate else whole
-            roles = roles_of(record, where, source, data.text, len(whole.ids))
-            yield show_sample(name, where, whole, kept, roles=roles, tokenizer=data.text.tokenizer)
+            place = where if kind in ("chat", "text") else f"{where} ({kind})"
+            yield show_sample(name, place, whole, kept, roles=roles, tokenizer=data.text.tokenizer)

@@ -1,23 +1,31 @@
-"""The end of a run: last checkpoint, the model as a HF folder, plot and summary, the exit code."""
+"""The end of a run: last checkpoint, the model as a HF folder, plot, summary and report.html, the exit code."""
 
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from torchft.checkpoint.agreement import on_rank_0
 from torchft.checkpoint.assets import Assets, read_assets
+from torchft.checkpoint.folder import BEST, step_of
 from torchft.checkpoint.hf import save_hf
-from torchft.dist import broadcast_object
+from torchft.checkpoint.hub import HUB_ID, TO_LOG_IN, has_token, push_folder
+from torchft.checkpoint.load import load_weights_only
+from torchft.checkpoint.store import Store
+from torchft.dist import broadcast_object, wait_for_rank_0
 from torchft.dtypes import DTYPES
-from torchft.errors import Problem, TorchftError
+from torchft.errors import CheckpointError, Problem, TorchftError
 from torchft.log import get_logger
 from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
 from torchft.metrics.summary import summarise, summary_text, write_summary
+from torchft.train.card import model_card
+from torchft.train.job import Job
+from torchft.train.record import read_run
+from torchft.train.report import write_report
 from torchft.train.run import STOPPED, Run
-from torchft.train.setup import Job
 
 log = get_logger(__name__)
 
@@ -25,12 +33,22 @@ log = get_logger(__name__)
 @dataclass
 class ExportConfig:
     hf: bool = True  # at the end write export/step_N, a folder that transformers and servers load
+    best: bool = False  # export the checkpoint that checkpoint.best_by chose instead of the last step
     dtype: Literal["fp32", "bf16"] | None = None  # of the exported weights; null: as precision.params
     shard_size: str = "5GB"  # largest weights file, in MB or GB
+    push: str | None = None  # publish it on the hub as org/name[@branch]; a new repository is private; needs a login or HF_TOKEN
 
     def check(self) -> Iterator[Problem]:
         if not re.fullmatch(r"[1-9][0-9]*(MB|GB)", self.shard_size):
             yield Problem("export.shard_size", self.shard_size, "a whole number of MB or GB", "use e.g. 5GB")
+        if self.push is not None and not HUB_ID.fullmatch(self.push):
+            yield Problem("export.push", self.push, "a hub id: org/name, or org/name@branch", "use your own or your organisation's name")
+        elif self.push and not self.hf:
+            yield Problem(
+                "export.push", f"{self.push} with export.hf=false", "something to publish", "set export.hf=true, or leave push out"
+            )
+        elif self.push and not has_token():
+            yield Problem("export.push", f"{self.push}, and no token", "a token that may write there", TO_LOG_IN)
 
     @property
     def shard_bytes(self) -> int:
@@ -42,16 +60,40 @@ def finish_run(cfg, run: Run, job: Job) -> int:
     job.loader.close()
     if run.stopped or cfg.checkpoint.save_at_end:
         job.store.save(run.step, required=True)
+    folder = None
     if cfg.export.hf and not run.stopped:
-        folder = broadcast_object(free_folder(run.folder / "export" / f"step_{run.step:08d}"))  # rank 0's choice
-        export_hf(cfg, job, folder)
+        step = load_best(job.store, run.step) if cfg.export.best else run.step
+        folder = broadcast_object(free_folder(run.folder / "export" / f"step_{step:08d}"))  # rank 0's choice
+        export_hf(cfg, job, folder, card=_card(run, step))
         log.info("exported %s", folder)
     if run.world.rank == 0:
         try:
             report(run, job)
         except (OSError, TorchftError) as error:  # the model is saved and exported: a full disk must not make the run a failure
-            log.warning("no plot and summary: %s", error)
+            log.warning("no plot, summary or report: %s", error)
+    if folder and cfg.export.push:
+        wait_for_rank_0(lambda: _publish(run, folder, cfg.export.push))
     return STOPPED if run.stopped else 0
+
+
+def _publish(run: Run, folder: Path, name: str) -> None:
+    """A hub that fails must not make a finished run a failure."""
+    try:
+        page = push_folder(folder, name, message=f"{run.folder.resolve().name}, {folder.name}")
+        run.sinks.event("published", run.step, page=page)
+    except CheckpointError as error:
+        log.warning("not published, the model is in %s: %s\n  later:    torchft push %s %s", folder, error, folder, name)
+        run.sinks.event("not published", run.step, reason=str(error).splitlines()[0])
+
+
+def load_best(store: Store, last: int) -> int:
+    """Fills the parameters from the checkpoint `best`; its step, or, with a warning and nothing changed, `last` if there is none."""
+    path = on_rank_0(lambda: store.folder.pointed(BEST))
+    if path is None:
+        log.warning("export.best: no validation with checkpoint.best_by came with a checkpoint, so the last step is exported")
+        return last
+    load_weights_only(path, store.parts, base=store.base)
+    return step_of(path)
 
 
 def free_folder(path: Path) -> Path:
@@ -59,8 +101,19 @@ def free_folder(path: Path) -> Path:
     return next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
 
 
-def export_hf(cfg, job: Job, folder: Path) -> None:
-    """The model with tokenizer and chat template, complete, on all ranks together."""
+def _card(run: Run, step: int) -> str:
+    """README.md of the exported folder, on rank 0, which writes it; a card that can't be made is a warning."""
+    if run.world.rank != 0:
+        return ""
+    try:
+        return model_card(read_run(run.folder), step)
+    except (OSError, TorchftError) as error:
+        log.warning("no model card: %s", error)
+        return ""
+
+
+def export_hf(cfg, job: Job, folder: Path, *, card: str = "") -> None:
+    """The model with tokenizer, chat template and card (Markdown, if there is one), complete, on all ranks together."""
     model = read_assets(cfg.model.path) if cfg.model.path else Assets()
     files = read_assets(cfg.tokenizer.path).files if cfg.tokenizer.path else model.files
     tokenizer = job.text.tokenizer
@@ -68,12 +121,14 @@ def export_hf(cfg, job: Job, folder: Path) -> None:
     assets = Assets({key: id for key, id in ids.items() if id is not None} | model.config, model.generation, files)
     if job.text.template is not None and job.text.template.name != "auto":
         assets = assets.with_template(job.text.template.source)
+    if card:
+        assets = replace(assets, files=assets.files | {"README.md": card.encode()})
     dtype = DTYPES[cfg.export.dtype] if cfg.export.dtype else None
     save_hf(folder, job.spec, job.parts.named_parameters(), assets, dtype=dtype, shard_bytes=cfg.export.shard_bytes)
 
 
 def report(run: Run, job: Job) -> None:
-    """plots/loss.svg and summary.json from metrics.jsonl, and the summary on the console. For rank 0."""
+    """plots/loss.svg, summary.json and report.html from what the run wrote, and the summary on the console. For rank 0."""
     rows = read_rows(run.folder / "metrics.jsonl")
     saved = sorted(path.name for path in (run.folder / "checkpoints").glob("step_*") if path.is_dir())
     summary = summarise(rows, run_dir=run.folder, wall_s=time.monotonic() - run.started, skipped=run.skipped_steps, checkpoints=saved)
@@ -82,3 +137,5 @@ def report(run: Run, job: Job) -> None:
     if rows:
         (run.folder / "plots").mkdir(exist_ok=True)
         plot_run(run.folder / "plots" / "loss.svg", rows, title=run.folder.name)
+    run.record(outcome="stopped" if run.stopped else "finished")
+    write_report(read_run(run.folder), run.folder / "report.html", verify="quick")  # just saved: hashing terabytes again can wait

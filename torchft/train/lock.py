@@ -76,6 +76,12 @@ class Lock:
                 os.utime(self.path)
 
 
+def is_held(path: Path) -> bool:
+    """True if a run that may still be alive holds the lock: for readers of its folder."""
+    holder = (path.read_text(encoding="utf-8").split() + ["?", "?"])[:2] if path.is_file() else []
+    return bool(holder) and (_is_alive(path, holder) or holder[1] == str(os.getpid()))
+
+
 def _is_alive(path: Path, holder: list[str]) -> bool:
     """True if the holder may still run: on this host its process is looked up, on another the last touch decides."""
     host, pid = holder

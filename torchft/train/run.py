@@ -1,31 +1,38 @@
 """A run: its processes and mesh, its folder, what it says, and how it stops. `with Run(cfg) as run:` holds a recipe's body.
 
-    output_dir/{config.yaml, run.json, lock, metrics.jsonl, events.jsonl, summary.json, plots/, checkpoints/, export/}
+    output_dir/{config.yaml, run.json, lock, metrics.jsonl, events.jsonl, summary.json, report.html, logs/, plots/, checkpoints/, export/}
 
 The loop stands in the recipe; `steps` counts and times it and ends it early, on all ranks at the same step, when any rank was asked
 to stop (SIGTERM, Ctrl-C).
 """
 
+import gc
 import hashlib
 import json
+import math
+import platform
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from torchft import __version__, dist, log
+from torchft.checkpoint.hf import weight_shapes
+from torchft.config.changes import changed_from_defaults
 from torchft.config.show import config_dict, save_config
 from torchft.errors import ConfigError, NumericError, TorchftError
 from torchft.faults import fire
 from torchft.metrics.flops import flops_per_token, mfu, peak_tflops
 from torchft.metrics.memory import peak_gib
 from torchft.metrics.meters import StepMeter
-from torchft.metrics.rows import train_row, validation_row
+from torchft.metrics.profile import Profiler
+from torchft.metrics.rows import train_row, validation_row, write_whole
 from torchft.metrics.sinks import Sinks, build_sinks
 from torchft.models.spec import ModelSpec
 from torchft.parallel.mesh import build_mesh, resolve_degrees
@@ -34,6 +41,12 @@ from torchft.train.lock import Lock
 from torchft.train.step import StepStats
 
 logger = log.get_logger(__name__)
+
+
+@dataclass
+class DebugConfig:
+    deterministic: bool = False  # only algorithms that give the same bits every time (CUDA); slower, and an error where there is none
+
 
 STOPPED = 75  # exit code: asked to stop, and saved
 EXIT_CODES = "TORCHFT_EXIT_CODES"  # environment: the file for exit codes of a process that `torchft run` started
@@ -44,13 +57,14 @@ class Run:
 
     def __init__(self, cfg):
         """cfg: a recipe's config. Joins the process group, builds the mesh, locks output_dir and writes config.yaml and run.json."""
-        log.setup(int(dist.environment("RANK", "0")))
+        log.setup(int(dist.environment("RANK", "0")), cfg.metrics.level.upper())
         self.cfg = cfg
         self.world = dist.init_world(cfg.device, cfg.parallel.timeout_s)
         mixed, timeout_s = cfg.precision.is_mixed, cfg.parallel.timeout_s
         if mixed:
             dist.ensure_group(self.world, timeout_s)
         torch.set_float32_matmul_precision(cfg.precision.matmul)
+        dist.set_deterministic(cfg.debug.deterministic)
         degrees = resolve_degrees(cfg.parallel, self.world.size)
         self.mesh = build_mesh(degrees, self.world.device, mixed=mixed, timeout_s=timeout_s)
         self.folder = Path(cfg.output_dir)
@@ -58,10 +72,13 @@ class Run:
         self.started = time.monotonic()
         self.step, self.tokens_total, self.skipped_steps, self._skipped_in_row = 0, 0, 0, 0
         self.sinks, self.meter = Sinks({}), StepMeter(0)
-        self._stop_asked, self.stopped = False, False
+        self.profiler = Profiler(cfg.metrics.profile, self.folder / "profile", self.world.rank, self.world.device)
+        self._stop_asked, self.stopped, self.ended_early = False, False, False
         self._handlers: dict[int, Any] = {}
         self._lock: Lock | None = None
         self._claim_folder()
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        self._end_log = log.add_file(self.folder / "logs" / f"rank_{self.world.rank}.log", self.world.rank)
 
     def begin(self, spec: ModelSpec, parts: Parts, *, num_steps: int, seq_len: int) -> None:
         """Opens the sinks, once the number of steps and the step to go on from are known."""
@@ -71,8 +88,21 @@ class Run:
         peak = self.cfg.metrics.peak_tflops or peak_tflops(self.world.device)
         flops = flops_per_token(spec, seq_len)
         self._mfu: Callable[[float], float | None] = lambda rate: mfu(rate, flops, self.world.size, peak)
+        model = {"family": spec.family, "layers": spec.num_layers, "hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size}
+        model |= {"parameters": sum(math.prod(shape) for shape in weight_shapes(spec).values()), "seq_len": seq_len}
+        self.record(model=model, num_steps=num_steps, resumed_step=self.step)
         left = f"steps {self.step + 1} to {num_steps}" if self.step < num_steps else f"all {num_steps} steps are done"
         logger.info("%s on %s, %s", left, self.mesh.describe(), self.world.device.type)
+
+    def record(self, **facts: Any) -> None:
+        """Adds to run.json what a reader of this run should know, as JSON values. A full disk is a warning only."""
+        if self.world.rank != 0:
+            return
+        self._facts |= facts
+        try:
+            write_whole(self.folder / "run.json", json.dumps(self._facts, indent=2, default=str) + "\n")
+        except OSError as error:
+            logger.warning("run.json could not be written, the run goes on: %s", error)
 
     def steps(self, last: int) -> Iterator[int]:
         """The numbers of the steps still to make, each timed until `log`; ends early, `stopped`, on all ranks together.
@@ -81,14 +111,27 @@ class Run:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handlers[number] = signal.signal(number, self._ask_to_stop)
-        while self.step < last and not self.stopped:
+        gc_every = self.cfg.memory.gc_every_steps
+        if gc_every:
+            gc.disable()  # a collection on one rank in the middle of a step keeps all others waiting
+        while self.step < last and not self.stopped and not self.ended_early:
             self.meter.start()
             fire("step", step=self.step + 1)
+            self.profiler.before(self.step + 1)
             yield self.step + 1
             self.step += 1
+            self.profiler.after(self.step)
+            if gc_every and self.step % gc_every == 0:
+                gc.collect()
             self.stopped = bool(dist.agree(self._stop_asked))
         if self.stopped:
             self.sinks.event("stopped", self.step, reason="signal")
+
+    def end_early(self, step: int, reason: str) -> None:
+        """Lets `steps` end after `step`; the run then finishes as after its last step. On all ranks alike."""
+        self.ended_early = True
+        self.sinks.event("ended early", step, reason=reason)
+        logger.info("ending early after step %d: %s", step, reason)
 
     def log(self, step: int, stats: StepStats, lr: float) -> None:
         """Counts the step and, when due, writes its row. Raises NumericError after too many skipped steps in a row."""
@@ -133,21 +176,27 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Closes the sinks and gives the folder and the signals back, whatever happened."""
+        """Closes sinks and profiler and gives the folder, the signals and the garbage collector back, whatever happened."""
         if isinstance(error, TorchftError):
             self.sinks.event("failed", self.step + 1, reason=str(error))
+        self.profiler.close()
         self.sinks.close()
+        self._end_log()
+        if self.cfg.memory.gc_every_steps:
+            gc.enable()
         if self._lock:
             self._lock.release()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _count_skip(self, step: int, stats: StepStats) -> None:
-        self._skipped_in_row = self._skipped_in_row + 1 if stats.skipped else 0
-        if not stats.skipped:
+        if stats.skipped:
+            self.skipped_steps += 1
+            self.sinks.event("skipped", step, reason=stats.skipped)
+        if not stats.skipped or stats.overflow:  # the loss scale has a limit of its own
+            self._skipped_in_row = 0
             return
-        self.skipped_steps += 1
-        self.sinks.event("skipped", step, reason=stats.skipped)
+        self._skipped_in_row += 1
         limit = self.cfg.train.nonfinite.max_in_row
         if self._skipped_in_row >= limit:
             raise NumericError(
@@ -165,7 +214,9 @@ class Run:
                 save_config(self.cfg, self.folder / "config.yaml")
                 facts = {"versions": {"torchft": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}}
                 facts |= {"mesh": self.mesh.degrees, "device": self.world.device.type, "command": sys.argv, "started": time.time()}
-                (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+                facts |= {"hardware": _hardware(self.world.device), "host": platform.node(), "changed": changed_from_defaults(self.cfg)}
+                write_whole(self.folder / "run.json", json.dumps(facts, indent=2, default=str) + "\n")
+                self._facts = facts
             except (OSError, TorchftError) as error:
                 problem = (
                     str(error)
@@ -183,6 +234,13 @@ class Run:
             raise KeyboardInterrupt
         self._stop_asked = True
         logger.warning("%s: stopping as soon as this step is saved", signal.Signals(number).name)
+
+
+def _hardware(device: torch.device) -> str:
+    """The kind of device a run is on, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process, {platform.system()}"
 
 
 def run_recipe(main: Callable[[list[str]], int]) -> None:

@@ -5,20 +5,16 @@
 Nothing is allocated before every check has passed. A recipe's loop then uses the Job's parts.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch.optim import Optimizer
-
-from torchft.batch import Loss
 from torchft.checkpoint.hf import load_hf
+from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.store import Store
-from torchft.data.cache import TokenCache
-from torchft.data.loader import DataConfig, Loader
-from torchft.data.text import TextDataConfig
 from torchft.dtypes import DTYPES
 from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
@@ -26,28 +22,45 @@ from torchft.losses.cross_entropy import build_loss
 from torchft.models.build import read_config
 from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.init import init_weights
+from torchft.models.layers.attend import choose_core
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import build_optimizer
-from torchft.optim.schedules import build_schedule
+from torchft.optim.schedules import ScheduleConfig, build_schedule
 from torchft.parallel.apply import parallelize
 from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
 from torchft.train.checks import check_job
-from torchft.train.data import Rows, Text, build_loader, build_text, build_tokens, check_vocabulary, validation_passes
+from torchft.train.data import (
+    Rows,
+    build_loader,
+    build_text,
+    build_tokens,
+    check_prompts,
+    check_vocabulary,
+    data_facts,
+    encode_prompts,
+)
+from torchft.train.early_stop import EarlyStop, EarlyStopConfig
+from torchft.train.freeze import apply_freeze, base_of
+from torchft.train.job import Job
 from torchft.train.run import Run
-from torchft.train.step import NonFinite, evaluate
+from torchft.train.scaler import LossScaler
+from torchft.train.step import NonFinite
 
 log = get_logger(__name__)
 
 
 @dataclass
 class ModelConfig:
-    path: str | None = None  # HF folder: config.json and safetensors (scripts/convert_checkpoint.py makes one)
+    path: str | None = None  # HF folder (config.json and safetensors; `torchft convert` makes one), or a hub id: org/name[@revision]
     family: str | None = None  # instead of path: a family, such as llama ...
     size: str | None = None  # ... and one of its named sizes ...
     spec: CustomSpec = field(default_factory=CustomSpec)  # ... or, or with, numbers of your own
     init: Literal["weights", "random"] = "weights"  # weights: read them from path; random: fresh from the seed
+    train: list[str] = field(default_factory=list)  # parameters to train: globs on names, first:N, last:N (layers); empty: all
+    freeze: list[str] = field(default_factory=list)  # parameters to freeze of those, written the same way
+    attention: Literal["auto", "sdpa", "eager", "flex", "varlen"] = "auto"  # attention core; auto: sdpa, eager if the model caps scores
 
     def check(self) -> Iterator[Problem]:
         if bool(self.path) == bool(self.family):
@@ -69,6 +82,8 @@ class TrainConfig:
     epochs: float | None = None  # passes over the data, parts allowed; or give steps
     global_batch_size: int = 8  # rows (packs, or samples without packing) of one optimizer step over all ranks
     micro_batch_size: int = 1  # rows at once on one rank; the rest is accumulated
+    neftune: float | None = None  # noise on the embeddings in training (NEFTune), its alpha, e.g. 5; null: none
+    auto_micro_batch: bool = False  # out of memory: halve micro_batch_size on all ranks, keep the global batch, and try the step again
     nonfinite: NonFinite = field(default_factory=NonFinite)  # what to do when loss or gradients are not finite
 
     def check(self) -> Iterator[Problem]:
@@ -78,90 +93,131 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 yield Problem(f"train.{key}", str(value), "more than 0", "use a positive number")
+        if self.neftune is not None and not self.neftune > 0:
+            yield Problem("train.neftune", str(self.neftune), "more than 0, or null", "use e.g. 5, or null for no noise")
 
 
 @dataclass
 class ValidateConfig:
     every_steps: int = 0  # validate every so many steps and at the end; 0: never
     at_start: bool = False  # also before the first step
+    micro_batch_size: int | None = None  # rows at once on one rank; null: train.micro_batch_size
+    prompts: list[str] = field(default_factory=list)  # continued at each validation into samples/ (one process or FSDP2)
+    prompt_tokens: int = 64  # new tokens for each of them
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)  # end the run when a metric stops getting better
 
     def check(self) -> Iterator[Problem]:
         if self.every_steps < 0:
             yield Problem("validate.every_steps", str(self.every_steps), "0 or more", "use 0 for never")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            yield Problem("validate.micro_batch_size", str(self.micro_batch_size), "at least 1, or null", "use null")
+        if self.prompt_tokens < 1:
+            yield Problem("validate.prompt_tokens", str(self.prompt_tokens), "at least 1", "use e.g. 64")
 
     def is_due(self, step: int, *, last: int) -> bool:
         """True after every `every_steps` steps and after the last."""
         return self.every_steps > 0 and (step % self.every_steps == 0 or step == last)
 
 
-@dataclass
-class Job:
-    """A run's parts, ready to step."""
-
-    spec: ModelSpec
-    text: Text
-    parts: Parts
-    loss: Loss
-    optimizer: Optimizer
-    schedule: Callable[[int], float]  # step -> learning rate
-    loader: Loader
-    store: Store
-    rows: Rows
-    data: DataConfig | TextDataConfig
-    validation: dict[str, TokenCache]
-    num_steps: int
-
-    def validate(self) -> dict[str, dict[str, float]]:
-        """Every validation source's metrics, by source, on every rank."""
-        passes = validation_passes(self.validation, self.data, self.rows, self.text)
-        return {name: evaluate(self.parts, steps, self.loss) for name, steps in passes.items()}
-
-
 def build_job(cfg, run: Run) -> Job:
     """cfg: a recipe's config. Raises ConfigError, DataError or CheckpointError; a rank that fails alone is ended by the launcher."""
     mesh, world = run.mesh, run.world
+    use_local_copies(cfg)
     spec = read_config(cfg.model.path)[0] if cfg.model.path else custom_spec(cfg.model.family, cfg.model.size, cfg.model.spec)
-    problems = list(check_job(cfg, spec, mesh))
-    if problems:
-        raise ConfigError(problems)
+    _raise_if_any(check_job(cfg, spec, mesh))
     text = build_text(cfg.tokenizer, cfg.model.path)
-    problems = list(check_vocabulary(spec, text))
-    if problems:
-        raise ConfigError(problems)
+    _raise_if_any(itertools.chain(check_vocabulary(spec, text), check_prompts(cfg.validate.prompts, spec, text)))
     tokens = build_tokens(cfg.data, text, world)
+    run.record(data=data_facts(tokens.train, tokens.validation))
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     loader = build_loader(tokens.train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps or loader.num_steps(cfg.train.epochs))  # raises if it does not fit
     parts = build_parts(cfg, spec, mesh)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
+    early_stop = EarlyStop(cfg.validate.early_stop)
+    scaler = LossScaler(cfg.precision) if cfg.precision.compute == "fp16" else None
     saved: dict[str, Any] = {}  # filled below; the store asks for it at each save
     store = Store(
         run.folder / "checkpoints",
         parts,
         optimizer,
         cfg.checkpoint,
-        extra_state=lambda: {**run.counters(), "loader": loader.state(), **saved},
+        extra_state=lambda: {**run.counters(), "loader": loader.state(), **_states(early_stop, scaler), **saved},
         config_hash=run.config_hash,
         mesh=mesh.degrees,
+        base=base_of(cfg),
     )
-    state = store.resume()
-    if state is None:
-        load_initial_weights(cfg, spec, parts)
-    else:
+    state = _resume(cfg, spec, store)
+    if state is not None:
         loader.load_state(state["loader"])
         run.restore(state)
+        _load_states(state, early_stop, scaler)
     num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
     saved["schedule"] = {**asdict(cfg.schedule), "lr": cfg.optim.lr, "num_steps": num_steps}
     if state is not None:
         _check_schedule(saved["schedule"], state["schedule"])
-    schedule = build_schedule(cfg.schedule, cfg.optim.lr, num_steps)
     run.begin(spec, parts, num_steps=num_steps, seq_len=cfg.data.seq_len)
-    return Job(spec, text, parts, build_loss(cfg.loss), optimizer, schedule, loader, store, rows, cfg.data, tokens.validation, num_steps)
+    if early_stop.is_over:
+        run.end_early(run.step, "as before: no better validate.early_stop.metric")
+    return Job(
+        spec=spec,
+        text=text,
+        parts=parts,
+        loss=build_loss(cfg.loss),
+        optimizer=optimizer,
+        schedule=build_schedule(cfg.schedule, cfg.optim.lr, num_steps),
+        loader=loader,
+        store=store,
+        rows=replace(rows, micro_batch_size=cfg.validate.micro_batch_size or rows.micro_batch_size),
+        data=cfg.data,
+        validation=tokens.validation,
+        num_steps=num_steps,
+        early_stop=early_stop,
+        scaler=scaler,
+        neftune=(cfg.train.neftune, cfg.seed) if cfg.train.neftune else None,
+        prompts=encode_prompts(cfg.validate.prompts, text),
+    )
+
+
+def _resume(cfg, spec: ModelSpec, store: Store) -> dict[str, Any] | None:
+    """Fills the model, and on a resume the optimizer; the checkpoint's state, None for a new run."""
+    if store.base is not None:  # checkpoints don't hold what is frozen
+        load_initial_weights(cfg, spec, store.parts)
+    state = store.resume()
+    if state is None and store.base is None:
+        load_initial_weights(cfg, spec, store.parts)
+    return state
+
+
+def _states(early_stop: EarlyStop, scaler: LossScaler | None) -> dict[str, Any]:
+    """Of state.json, what options keep."""
+    return {"early_stop": early_stop.state(), "scaler": scaler and scaler.state()}
+
+
+def _load_states(state: dict[str, Any], early_stop: EarlyStop, scaler: LossScaler | None) -> None:
+    """Goes on from `_states`; a run without that option left nothing."""
+    if state.get("early_stop"):
+        early_stop.load_state(state["early_stop"])
+    if scaler and state.get("scaler"):
+        scaler.load_state(state["scaler"])
+
+
+def _raise_if_any(problems: Iterable[Problem]) -> None:
+    if found := list(problems):
+        raise ConfigError(found)
+
+
+def use_local_copies(cfg) -> None:
+    """Hub ids in model.path and tokenizer.path become the folders of their copies here; config.yaml, already saved, keeps the ids."""
+    for section in (cfg.model, cfg.tokenizer):
+        if section.path:
+            section.path = str(local_folder(section.path))
 
 
 def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
     """A resumed run keeps its learning-rate curve: another one would bend it in the middle, in silence."""
-    changed = {key: (value, saved.get(key)) for key, value in given.items() if key != "allow_change" and value != saved.get(key)}
+    saved = {**asdict(ScheduleConfig()), **saved}  # a key that came later was at its default then
+    changed = {key: (value, saved[key]) for key, value in given.items() if key != "allow_change" and value != saved[key]}
     if changed and not given["allow_change"]:
         fix = "keep the checkpoint's values, or set schedule.allow_change=true to bend the curve from here on"
         raise ConfigError(
@@ -171,8 +227,13 @@ def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
 
 def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     """The parallelised model, allocated, its values not yet set."""
-    modules = build_stages(spec, mesh, DTYPES[cfg.precision.params])
-    return parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
+    core = choose_core(cfg.model.attention, spec.attention)
+    log.info("attention: %s", core)
+    modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core)
+    apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
+    parts = parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
+    parts.agrees_on_memory = cfg.train.auto_micro_batch
+    return parts
 
 
 def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:

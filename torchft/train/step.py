@@ -18,6 +18,7 @@ from torchft.batch import Across, Batch, Heads, Loss
 from torchft.dist import gather_objects
 from torchft.errors import NumericError, Problem
 from torchft.parallel.parts import Metrics, Parts, add_up
+from torchft.train.scaler import LossScaler
 
 
 @dataclass
@@ -41,22 +42,36 @@ class StepStats:
     grad_norm: float  # over all axes, before clipping
     num_tokens: int  # that are no padding, over all data ranks
     skipped: str = ""  # why the weights did not move; "" if they did
+    overflow: bool = False  # skipped because fp16 overflowed: expected now and then
 
 
 def train_step(
-    parts: Parts, batches: Sequence[Batch], loss: Loss, optimizer: Optimizer, *, max_norm: float | None, nonfinite: NonFinite
+    parts: Parts,
+    batches: Sequence[Batch],
+    loss: Loss,
+    optimizer: Optimizer,
+    *,
+    max_norm: float | None,
+    nonfinite: NonFinite,
+    scaler: LossScaler | None = None,
 ) -> StepStats:
     """Forward, backward, clip and step. Raises NumericError when something is not finite and the policy is "stop".
 
-    A step without any trained token on any rank moves nothing and says so in `skipped`.
+    A step without any trained token on any rank moves nothing and says so in `skipped`; so does one whose fp16 gradients overflowed.
     """
+    loss_scale = scaler.scale if scaler else 1.0
     count, num_tokens = parts.sum_over_dp(math.fsum(map(loss.count, batches)), sum(batch.num_tokens for batch in batches))
-    seen = parts.forward_backward(batches, loss, scale=1.0 / count if count else 0.0)
-    norm = float(parts.clip(max_norm).item())
+    seen = parts.forward_backward(batches, loss, scale=loss_scale / count if count else 0.0)
+    norm = float(parts.clip(max_norm, loss_scale=loss_scale).item())
     skipped = "" if count and math.isfinite(norm) else "no trained tokens" if not count else "loss or gradients not finite"
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if scaler and count:
+        scaler.update(overflow=bool(skipped))
+        if skipped:
+            skipped = f"fp16 overflow: loss scale is now {scaler.scale:g}"
+            return StepStats(add_up(seen), count, norm, int(num_tokens), skipped, overflow=True)
     if not math.isfinite(norm) and nonfinite.action == "stop":
         raise NumericError(_blame(batches, seen, norm))
     return StepStats(add_up(seen), count, norm, int(num_tokens), skipped)

@@ -17,16 +17,18 @@ from torchft.checkpoint.hf import open_weights, weight_shapes
 from torchft.config.load import load_config
 from torchft.data.prompts import read_prompts
 from torchft.data.sources import SourceConfig, first_records
-from torchft.data.tokenize import encode_record, truncate
+from torchft.data.truncation import truncate
 from torchft.errors import ConfigError, Problem, TorchftError
 from torchft.generate.model import find_model, is_checkpoint
-from torchft.models.build import read_config, spec_of_size
+from torchft.models.build import read_config
+from torchft.models.custom import custom_spec
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import check_rules
 from torchft.optim.schedules import build_schedule
 from torchft.parallel.mesh import Mesh, resolve_degrees
 from torchft.train.checks import check_job
-from torchft.train.data import Text, build_text
+from torchft.train.data import Text, build_text, encode_for
+from torchft.train.setup import use_local_copies
 
 T = TypeVar("T")
 RECORDS = 8  # of each data file
@@ -69,10 +71,15 @@ class _Findings:
 
 def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     model = cfg.model
-    spec = found.attempt(lambda: read_config(model.path)[0] if model.path else spec_of_size(model.family, model.size))
+    before = len(found.problems)
+    found.attempt(lambda: use_local_copies(cfg))
+    if len(found.problems) > before:
+        return
+    spec = found.attempt(lambda: read_config(model.path)[0] if model.path else custom_spec(model.family, model.size, model.spec))
     degrees = found.attempt(lambda: resolve_degrees(cfg.parallel, num_processes))
     if spec is not None and degrees is not None:
-        found.add(check_job(cfg, spec, Mesh(degrees, torch.device("cpu"))))
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        found.add(check_job(cfg, spec, Mesh(degrees, torch.device(here if cfg.device == "auto" else cfg.device))))
     if spec is not None:
         found.add(check_rules(weight_shapes(spec), cfg.optim))
     if spec is not None and model.init == "weights" and not cfg.checkpoint.load:
@@ -106,13 +113,16 @@ def _bad_records(source: SourceConfig, text: Text, cfg) -> list[str]:
     """The first bad records among the first of each file of a source."""
     found = _Findings()
 
-    def encode(record: dict, where: str) -> None:
-        encoded = encode_record(record, where, format=source.format, template=text.template)
-        truncate(encoded, cfg.seq_len, cfg.truncation, where)
+    def check(record: dict, where: str) -> None:
+        encoded = encode(record, where)
+        if encoded is not None:
+            truncate(encoded, cfg.seq_len, cfg.truncation, where)
 
-    records = first_records(source, RECORDS)
+    encode, records = found.attempt(lambda: encode_for(source, text, cfg)), first_records(source, RECORDS)
+    if encode is None:
+        return found.problems
     while (record := found.attempt(lambda: next(records, None))) is not None:
-        found.attempt(lambda record=record: encode(*record))
+        found.attempt(lambda record=record: check(*record))
     more = len(found.problems) - SHOWN
     rest = [f"{source.path}: {more} more of the first {RECORDS} records a file have problems"] if more > 0 else []
     return found.problems[:SHOWN] + rest

@@ -4,12 +4,18 @@
 every layer. A core accepts packed documents or refuses them; it never ignores them.
 """
 
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchft.batch import Layout
-from torchft.dtypes import upcast
+from torchft.dtypes import NAMES, upcast
+from torchft.errors import Problem
 from torchft.models.spec import AttentionSpec
 
 
@@ -58,9 +64,104 @@ class EagerCore(nn.Module):
         return (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
-def default_core(spec: AttentionSpec) -> str:
-    """The name of the core a model gets if none is chosen: SDPA wherever it can compute the model."""
-    return "sdpa" if spec.softcap is None else "eager"
+class FlexCore(nn.Module):
+    """FlexAttention: skips what documents and windows hide, and soft-caps. Trains on CUDA, where it is compiled (also outside compiled
+    blocks); on a CPU torch has its forward alone, written out."""
+
+    def __init__(self, spec: AttentionSpec):
+        super().__init__()
+        self.scale = spec.scale
+        self.score_mod = None if spec.softcap is None else _soft_cap(spec.softcap)
+
+    def prepare(self, layout: Layout, window: int | None) -> BlockMask:
+        """The block mask."""
+        return layout.block_mask(window)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: BlockMask) -> Tensor:
+        """As SdpaCore."""
+        attend = _compiled_flex() if q.is_cuda else flex_attention
+        grouped = q.shape[1] != k.shape[1]
+        return attend(q, k, v, score_mod=self.score_mod, block_mask=prepared, scale=self.scale, enable_gqa=grouped)
 
 
-CORES = {"sdpa": SdpaCore, "eager": EagerCore}
+class Documents(NamedTuple):
+    """What VarlenCore is told of a batch."""
+
+    bounds: Tensor  # (num_documents + 1,) int32: where each begins in the rows laid end to end, and the end
+    longest: int
+    window: int | None
+
+
+class VarlenCore(nn.Module):
+    """Flash Attention over documents laid end to end, each a sequence of its own. CUDA, bf16 or fp16, no soft-cap, no KV cache."""
+
+    def __init__(self, spec: AttentionSpec):
+        super().__init__()
+        assert spec.softcap is None, f"variable-length attention can't cap scores ({spec.softcap=}): use flex or eager"
+        self.scale = spec.scale
+        from torch.nn.attention.varlen import varlen_attn  # here: the import takes a second
+
+        self.attend = varlen_attn
+
+    def prepare(self, layout: Layout, window: int | None) -> Documents:
+        """The documents' bounds; waits for the device."""
+        return Documents(*layout.cu_seqlens(), window)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Documents) -> Tensor:
+        """As SdpaCore."""
+        bounds, longest, window = prepared
+        b, heads = q.shape[:2]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (b * t, heads or kv_heads, head_dim)
+        behind = -1 if window is None else window - 1  # how far back a token sees; -1: to its document's first
+        grouped = heads != k.shape[1]
+        y = self.attend(q, k, v, bounds, bounds, longest, longest, scale=self.scale, window_size=(behind, 0), enable_gqa=grouped)
+        return y.unflatten(0, (b, -1)).transpose(1, 2)
+
+
+CORES = {"sdpa": SdpaCore, "eager": EagerCore, "flex": FlexCore, "varlen": VarlenCore}
+
+
+def build_core(name: str, spec: AttentionSpec) -> nn.Module:
+    """The core of this name; "auto" is chosen by the spec."""
+    return CORES[choose_core(name, spec)](spec)
+
+
+def choose_core(name: str, spec: AttentionSpec) -> str:
+    """A name of CORES. "auto": SDPA wherever it can compute the model, else eager, which computes all."""
+    return name if name != "auto" else "sdpa" if spec.softcap is None else "eager"
+
+
+def check_core(name: str, spec: AttentionSpec, device: str, dtype: torch.dtype) -> Iterator[Problem]:
+    """Why a core can't train this model on a device ("cpu", "cuda") in this compute precision, before anything is built."""
+    cpu, capped, given = device == "cpu", spec.softcap is not None, f"{name} on {device}"
+    fix = "set model.attention=auto"
+    if name in ("sdpa", "varlen") and capped:
+        yield Problem("model.attention", name, "eager or flex: this model caps its scores, which this core can't", fix)
+    if name == "flex":
+        if cpu:
+            yield Problem("model.attention", given, "a CUDA device: FlexAttention has no backward on a CPU", fix)
+        if dtype == torch.float64 or spec.head_dim < 16:
+            what = f"{name} with head_dim={spec.head_dim} in {NAMES[dtype]}"
+            yield Problem("model.attention", what, "heads of at least 16 and at most fp32", fix)
+    if name == "varlen":
+        if cpu:
+            yield Problem("model.attention", given, "a CUDA device: variable-length attention has no CPU kernel", fix)
+        if dtype not in (torch.bfloat16, torch.float16):
+            expected = "bf16 or fp16 compute: Flash Attention has no other"
+            yield Problem("model.attention", f"{name} in {NAMES[dtype]}", expected, "set precision.compute=bf16, or model.attention=auto")
+        if spec.head_dim % 8 or spec.head_dim > 256:
+            yield Problem("model.attention", f"{name} with head_dim={spec.head_dim}", "a multiple of 8 up to 256", fix)
+
+
+def _soft_cap(cap: float) -> Callable[..., Tensor]:
+    """Scores -> cap * tanh(scores / cap), as FlexAttention's score_mod."""
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)

@@ -5,9 +5,11 @@
 Under tensor parallelism the projections hold this rank's heads; the -1 in each view counts them.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from torchft.models.layers.attend import CORES, default_core
+from torchft.models.layers.attend import build_core
 from torchft.models.layers.kv_cache import KVCache
 from torchft.models.layers.norm import build_norm
 from torchft.models.layers.rope import rotate
@@ -17,7 +19,7 @@ from torchft.models.spec import ModelSpec
 class Attention(nn.Module):
     """`core` is the submodule that context parallelism swaps."""
 
-    def __init__(self, spec: ModelSpec, layer: int, core: str | None = None):
+    def __init__(self, spec: ModelSpec, layer: int, core: str = "auto"):
         super().__init__()
         a = spec.attention
         self.layer, self.head_dim = layer, a.head_dim
@@ -27,9 +29,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(a.num_heads * a.head_dim, spec.hidden_size, bias=a.out_bias)
         self.q_norm = build_norm(a.head_dim, spec.norm) if a.qk_norm else None
         self.k_norm = build_norm(a.head_dim, spec.norm) if a.qk_norm else None
-        self.core = CORES[core or default_core(a)](a)
+        self.core = build_core(core, a)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None, prepared: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor] | None, prepared: Any, cache: KVCache | None = None) -> Tensor:
         """x (b, t, d); table: cos, sin (b, t, rotary dim), None without rotary positions; prepared: the core's mask."""
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, -1, self.head_dim)  # (b, t, local heads, head_dim)

@@ -1,13 +1,9 @@
 """The MLP: gated, down(act(gate(x)) * up(x)) (Shazeer 2020), or plain, down(act(up(x)))."""
 
-from functools import partial
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchft.models.layers.fused import ACTIVATIONS, gated
 from torchft.models.spec import ModelSpec
-
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class Mlp(nn.Module):
@@ -19,10 +15,10 @@ class Mlp(nn.Module):
         self.gate_proj = nn.Linear(spec.hidden_size, m.intermediate_size, bias=m.bias)
         self.up_proj = nn.Linear(spec.hidden_size, m.intermediate_size, bias=m.bias)
         self.down_proj = nn.Linear(m.intermediate_size, spec.hidden_size, bias=m.bias)
-        self.activation = ACTIVATIONS[m.activation]
+        self.activation = m.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
 class PlainMlp(nn.Module):
@@ -33,7 +29,7 @@ class PlainMlp(nn.Module):
         m = spec.mlp
         self.up_proj = nn.Linear(spec.hidden_size, m.intermediate_size, bias=m.bias)
         self.down_proj = nn.Linear(m.intermediate_size, spec.hidden_size, bias=m.bias)
-        self.activation = ACTIVATIONS[m.activation]
+        self.activation = ACTIVATIONS[m.activation][0]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))

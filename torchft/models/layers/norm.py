@@ -8,8 +8,10 @@ LayerNorm         (x - mean) / std * weight + bias     (Ba et al. 2016)
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from torchft.dtypes import upcast
+from torchft.models.layers.fused import rms_norm
 from torchft.models.spec import NormSpec
 
 
@@ -22,14 +24,14 @@ class RMSNorm(nn.Module):
         self.eps = spec.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return _rms_norm(x, self.weight, self.eps)
 
 
 class UnitOffsetNorm(RMSNorm):
     """x / rms(x) * (1 + weight)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(upcast(x), (x.shape[-1],), 1 + upcast(self.weight), self.eps).to(x.dtype)
+        return _rms_norm(x, 1 + upcast(self.weight), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -43,6 +45,14 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """On the CPU torch's own is a chain of kernels that keeps fp32 copies of x; elsewhere, and for DTensors, it is one kernel."""
+    if x.device.type == "cpu" and not isinstance(x, DTensor):
+        return rms_norm(x, weight, eps)
+    wide = x if x.dtype == weight.dtype else upcast(x)
+    return F.rms_norm(wide, (x.shape[-1],), weight, eps).to(x.dtype)
 
 
 def build_norm(dim: int, spec: NormSpec) -> nn.Module:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from torchft.models.layers.fused import rotate_half_pairs
 from torchft.models.spec import RopeScaling, RopeSpec, rotary_dim
 
 BY_LENGTH = ("dynamic", "longrope")  # scalings whose frequencies depend on the document's length
@@ -44,8 +45,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """x (b, heads, t, head_dim) turned by its positions' angles; dimensions beyond the table's rotary_dim stay as they are."""
     cos, sin = table[0][:, None], table[1][:, None]  # (b, 1, t, rotary_dim)
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    low, high = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
+    turned = rotate_half_pairs(turned, cos, sin)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
 

@@ -1,0 +1,150 @@
+"""Who takes part, in which modes, and the command of each run.
+
+eager, compiled   full rows of 512 tokens, 4 a step, learning rate 1e-5: the losses of the first steps must agree
+chat              one epoch over chats at learning rate 0: the mean loss over all trained tokens must agree, however they are packed
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from peers.envs import python_of
+from peers.measure import Case, Start
+from peers.report import Job
+from peers.workload import SEQ_LEN, read_rows, write_chats, write_full_rows
+
+from torchft.data.packing import plan_window
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVERS = Path(__file__).resolve().parent
+SOURCE = ROOT / "configs" / "quickstart" / "data" / "train.jsonl"
+
+ROWS = 4  # of a step
+CHATS_A_STEP = 10  # chats for each step asked for: about one step of packed rows
+LR = 1e-5
+MAX_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A participant. env: a list in requirements/, "" for torchft's own environment."""
+
+    label: str
+    env: str
+    driver: str
+    modes: tuple[str, ...] = ("eager", "compiled", "chat")
+    chat: str = "packed"  # how it lays chats into rows
+    processes: int = 1
+
+
+PEERS = {
+    "ours": Peer("torchft", "", ""),
+    "bare": Peer("bare PyTorch loop", "hf", "run_bare.py"),
+    "trainer": Peer("HF Trainer", "hf", "run_trainer.py", chat="padded"),
+    "ours-fsdp2": Peer("torchft, FSDP2 x 2", "", "", processes=2),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is run."""
+
+    steps: int  # of modes eager and compiled, warm-up included
+    warmup: int
+    threads: int  # shared by the processes of a run
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that lies ready."""
+
+    model: Path
+    cache: Path
+    pythons: dict[str, Path]  # by environment
+
+    def data(self, mode: str) -> Path:
+        return self.cache / "data" / ("chats" if mode == "chat" else "full")
+
+
+def prepare(peers: list[str], cache: Path, model: Path, sizes: Sizes) -> Prepared:
+    """Environments and data of these peers. Raises ConfigError where an environment can't be had."""
+    pythons = {env: python_of(env, cache / "envs") for env in dict.fromkeys(PEERS[peer].env for peer in peers) if env}
+    prepared = Prepared(model, cache, pythons)
+    write_full_rows(prepared.data("eager"), model, SOURCE, ROWS * sizes.steps)
+    write_chats(prepared.data("chat"), model, SOURCE, CHATS_A_STEP * sizes.steps)
+    return prepared
+
+
+def start_of(case: Case, prepared: Prepared, sizes: Sizes) -> Start:
+    """The command of a run, its files and its share of the threads."""
+    peer, chat = PEERS[case.peer], case.mode == "chat"
+    name = f"{case.peer}-{case.mode}-{case.dtype}"
+    folder, compiled = prepared.cache / "runs" / name, prepared.cache / "compiled" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    threads = max(1, sizes.threads // peer.processes)
+    if not peer.driver:
+        run = folder / "run"
+        return Start(
+            _our_command(case, peer, prepared, run),
+            run / "metrics.jsonl",
+            threads,
+            compiled,
+            _trained(prepared.data(case.mode), packed=chat),
+        )
+    rows, job_file = folder / "rows.jsonl", folder / "job.json"
+    job = Job(
+        model=str(prepared.model),
+        data=str(prepared.data(case.mode) / "tokens.jsonl"),
+        out=str(rows),
+        scratch=str(folder / "scratch"),
+        mode=case.mode,
+        dtype=case.dtype,
+        rows=ROWS,
+        seq_len=SEQ_LEN,
+        lr=0.0 if chat else LR,
+        max_norm=MAX_NORM,
+    )
+    job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    return Start([str(prepared.pythons[peer.env]), str(DRIVERS / peer.driver), str(job_file)], rows, threads, compiled, [])
+
+
+def _trained(data: Path, *, packed: bool) -> list[int]:
+    """Tokens with a loss in each of our steps: the rows are a function of the lengths, in the files' order."""
+    samples = read_rows(data)
+    packs = plan_window([len(s["input_ids"]) for s in samples], SEQ_LEN) if packed else [[i] for i in range(len(samples))]
+    counts = [sum(label != -100 for i in pack for label in samples[i]["labels"]) for pack in packs]
+    return [sum(counts[start : start + ROWS]) for start in range(0, len(counts), ROWS)]
+
+
+def _our_command(case: Case, peer: Peer, prepared: Prepared, run: Path) -> list[str]:
+    """The recipe as users start it, without what comes after the last step."""
+    chat = case.mode == "chat"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(peer.processes)] if peer.processes > 1 else []
+    return [
+        sys.executable,
+        *launch,
+        str(ROOT / "recipes" / "full_finetune.py"),
+        f"output_dir={run}",
+        f"model.path={prepared.model}",
+        f"data.train=[{{path: {prepared.data(case.mode) / 'chats.jsonl'}}}]",
+        f"data.cache={prepared.cache / 'tokens'}",
+        f"data.seq_len={SEQ_LEN}",
+        f"data.packing={str(chat).lower()}",
+        "data.shuffle=false",
+        f"optim.lr={0.0 if chat else LR}",
+        "optim.weight_decay=0.0",
+        f"optim.max_norm={MAX_NORM}",
+        "schedule.name=constant",
+        "train.epochs=1",
+        f"train.global_batch_size={ROWS}",
+        f"train.micro_batch_size={ROWS // peer.processes}",
+        f"precision.params={case.dtype}",
+        f"compile.enabled={str(case.mode == 'compiled').lower()}",
+        "checkpoint.every_steps=0",
+        "checkpoint.save_at_end=false",
+        "export.hf=false",
+        "metrics.sinks=[jsonl]",
+    ]

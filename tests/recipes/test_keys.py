@@ -1,0 +1,141 @@
+"""No key without effect: every field of every recipe's config is read by the code that runs, not only checked and printed."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+
+from tests.helpers.models import make_model
+from tests.helpers.recipe import ROOT, arguments, load_recipe
+from torchft.config.problems import optional_inner
+from torchft.models.build import read_config
+from torchft.optim.build import OPTIMIZERS, OptimConfig, build_optimizer
+from torchft.optim.schedules import SCHEDULES, ScheduleConfig, build_schedule
+
+# Read only where one process in this test does not get: key -> file and text of the test that holds its effect.
+ELSEWHERE = {
+    "parallel.schedule": ("tests/dist/test_contract.py", '("schedule", "gpipe")'),
+    "plugins": ("tests/unit/test_config.py", "plugins"),  # config/load.py imports them
+    "checkpoint.best_mode": ("tests/unit/test_store.py", "best_mode"),
+    "checkpoint.overwrite": ("tests/unit/test_store.py", "overwrite"),
+}
+IGNORED = (str(ROOT / "torchft" / "config"), "<string>")  # what reads every key: loading, printing, saving; a dataclass's own methods
+
+
+def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, type, str]]:
+    """(dotted key, its dataclass, its field) of every leaf, those of lists and dicts of dataclasses included."""
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        inner, _ = optional_inner(hints[f.name])
+        nested = next((t for t in (inner, *get_args(inner)) if is_dataclass(t)), None)
+        yield (prefix + f.name, cls, f.name)
+        if nested is not None:
+            yield from keys(nested, f"{prefix}{f.name}.")
+
+
+@pytest.fixture
+def reads(monkeypatch, request) -> Iterator[set[tuple[type, str]]]:
+    """(dataclass, field) of every read outside IGNORED and outside checks, of the recipe that the test is about."""
+    seen: set[tuple[type, str]] = set()
+    config = load_recipe(request.node.callspec.params["recipe"]).Config
+    for cls in {cls for _, cls, _ in keys(config)} - {config}:
+        names = {f.name for f in fields(cls)}
+        monkeypatch.setattr(cls, "__getattribute__", _spy(cls, names, seen))
+    yield seen
+    if torch.distributed.is_initialized():  # mixed precision made a group of one, which forked ranks of later tests would inherit
+        torch.distributed.destroy_process_group()
+
+
+def _spy(cls: type, names: set[str], seen: set[tuple[type, str]]) -> Any:
+    def read(self: Any, name: str) -> Any:
+        if name in names:
+            code = sys._getframe(1).f_code
+            if not code.co_filename.startswith(IGNORED) and not code.co_filename.endswith("dataclasses.py") and "check" not in code.co_name:
+                seen.add((cls, name))
+        return object.__getattribute__(self, name)
+
+    return read
+
+
+TRAINING = [
+    "validate.every_steps=1",
+    "validate.early_stop.metric=val/heldout/loss",
+    "validate.prompts=[Hello]",
+    "validate.prompt_tokens=2",
+    "checkpoint.best_by=val/heldout/loss",
+    "export.best=true",
+    "optim.groups=[{pattern: '*', lr_scale: 0.5}]",
+    "train.neftune=5",
+    "metrics.profile.first_step=1",
+    "memory.recompute=full",
+    "compile.enabled=true",
+    "compile.backend=eager",
+]
+SHORT = ["train.steps=2", "train.global_batch_size=4", "train.micro_batch_size=2", "schedule.warmup_steps=0", "model.init=random"]
+OTHERS = [
+    ["precision.compute=fp16", "export.dtype=bf16", "train.steps=null", "train.epochs=0.05"],
+    ["schedule.allow_change=true", "model.freeze=[norm.weight]"],
+]
+
+
+def pretraining(folder: Path) -> list[str]:
+    """A tiny model from scratch on this project's own pages."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    source = f"{{path: {ROOT / 'docs/data.md'}, separator: blank_lines}}"
+    return [
+        f"output_dir={folder}",
+        f"data.cache={folder.parent / 'cache'}",
+        "model.family=llama",
+        f"model.spec.vocab_size={read_config(ROOT / 'configs/debug/tiny-llama')[0].vocab_size}",
+        *(f"model.spec.{name}={value}" for name, value in sizes.items()),
+        f"tokenizer.path={ROOT / 'configs/debug/tiny-llama'}",
+        f"data.train=[{source}]",
+        f"data.validation.heldout={source}",
+        "data.seq_len=32",
+    ]
+
+
+def chats(folder: Path) -> list[str]:
+    return arguments(folder, folder.parent / "cache")
+
+
+def drive(recipe: str, folder: Path) -> None:
+    """Runs of a recipe that between them reach all of its options."""
+    main = load_recipe(recipe).main
+    if recipe == "generate":
+        (folder / "prompts.txt").write_text("Hello\n")
+        options = [f"prompts.path={folder / 'prompts.txt'}", f"output={folder / 'out.jsonl'}", "sampling.temperature=1.0"]
+        assert main([f"model.path={make_model(folder / 'hf')}", *options, "sampling.max_new_tokens=2"]) == 0
+        return
+    argv = pretraining if recipe == "pretrain" else chats
+    for number, more in enumerate([TRAINING, *OTHERS]):
+        assert main([*argv(folder / str(number)), *SHORT, *more]) == 0
+    for name in SCHEDULES:
+        build_schedule(ScheduleConfig(name, min_ratio=0.1, boundaries=[2], factors=[0.5]), 1.0, 10)(8)
+    for name in OPTIMIZERS:
+        build_optimizer([], OptimConfig(name))
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
+def test_every_key_is_read(recipe: str, reads, tmp_path: Path) -> None:
+    """The runs of `drive` read all keys but those of ELSEWHERE, whose tests are there."""
+    drive(recipe, tmp_path)
+    config = load_recipe(recipe).Config
+    own = {key: (cls, field) for key, cls, field in keys(config)}
+    unread = {key for key, pair in own.items() if pair not in reads and pair[0].__module__ != recipe and key not in ELSEWHERE}
+    assert not unread, f"keys that nothing reads: {sorted(unread)}"
+    # a recipe's own classes are made anew each time it is loaded, so their keys are looked for in the text
+    source = "\n".join(path.read_text() for folder in ("torchft", "recipes") for path in (ROOT / folder).rglob("*.py"))
+    top = {key for key, (cls, _) in own.items() if cls.__module__ == recipe and key not in ELSEWHERE and f"cfg.{key}" not in source}
+    assert not top, f"keys that nothing reads: {sorted(top)}"
+
+
+def test_exceptions_are_true() -> None:
+    """Each key of ELSEWHERE exists, and so does the test it names."""
+    names = {key for key, _, _ in keys(load_recipe().Config)}
+    for key, (path, text) in ELSEWHERE.items():
+        assert key in names and text in (ROOT / path).read_text(), key

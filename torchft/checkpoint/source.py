@@ -1,0 +1,151 @@
+"""A model to convert or export, whatever its kind, nothing of it read yet: `open_source(path)`.
+
+    HF folder | MODEL.gguf | RUN/checkpoints/step_N --> ModelSource: spec, {our name: LazyTensor}, tokenizer and template
+
+A training checkpoint holds what was trained; config, tokenizer and frozen weights come from the base the run names in state.json or
+config.yaml. Nothing in a source is run.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from torchft.checkpoint.assets import Assets, read_assets
+from torchft.checkpoint.gguf import GgufFile
+from torchft.checkpoint.hf import open_weights, weight_shapes
+from torchft.checkpoint.hub import local_folder
+from torchft.checkpoint.manifest import MANIFEST, STATE, TensorInfo, hash_weights, read_listed, read_manifest, verify
+from torchft.checkpoint.reader import load_tensors, read_index
+from torchft.checkpoint.tensor_files import LazyTensor
+from torchft.config.show import read_saved
+from torchft.data.templates import build_template
+from torchft.errors import CheckpointError
+from torchft.models.build import read_config
+from torchft.models.custom import CustomSpec, custom_spec
+from torchft.models.spec import ModelSpec
+from torchft.tokenizers.load import load_tokenizer
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to convert, nothing of it read yet."""
+
+    spec: ModelSpec
+    tensors: dict[str, LazyTensor]
+    assets: Assets
+
+
+def open_source(path: Path, base: Path | None = None, tokenizer: Path | None = None) -> ModelSource:
+    """The model at `path`, whatever its kind. base: for a training checkpoint whose run names none here; tokenizer: take it from there.
+
+    Raises TorchftError.
+    """
+    path, base, tokenizer = (local_folder(p) if p else None for p in (path, base, tokenizer))
+    if (path / MANIFEST).is_file():
+        source = open_training(path, base)
+    elif path.suffix == ".gguf":
+        file = GgufFile(path)
+        source = ModelSource(file.spec, file.weights().tensors, file.assets(tokenizer=tokenizer is None))
+    else:
+        spec, _ = read_config(path)
+        source = ModelSource(spec, open_weights(path, spec).tensors, read_assets(path))
+    if tokenizer is None:
+        return source
+    return replace(source, assets=replace(source.assets, files=read_assets(tokenizer).files))
+
+
+def open_training(path: Path, base: Path | None = None) -> ModelSource:
+    """A training checkpoint's weights; what it does not hold (frozen parameters) comes from the base it started from."""
+    problems = verify(path)
+    if problems:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(problems[:4])}\n  fix: convert another checkpoint of the run")
+    recorded = json.loads(read_listed(path, read_manifest(path), STATE)).get("base") or {}
+    config = run_config(path)
+    model = config.get("model") or {}
+    if base is None and not recorded.get("path") and model.get("family"):
+        spec = custom_spec(model["family"], model.get("size"), CustomSpec(**(model.get("spec") or {})))
+        origin = f"the run's {model['family']} model"
+    else:
+        base = base or recorded_base(path, recorded)
+        spec, origin = read_config(base)[0], str(base)
+    shapes, saved = weight_shapes(spec), read_index(path / "model")
+    _check_fit(path, origin, shapes, saved)
+    frozen = [name for name in shapes if name not in saved]
+    if frozen and (base is None or recorded.get("sha256") != hash_weights(base)):
+        raise CheckpointError(
+            f"{path} lacks frozen weights, and {origin} is not the base it was trained on\n  fix: give the right one with --base"
+        )
+    kept = open_weights(base, spec).tensors if frozen and base is not None else {}
+    tensors = {name: _trained(path / "model", name, saved[name]) if name in saved else kept[name] for name in shapes}
+    return ModelSource(spec, tensors, _run_assets(config, base))
+
+
+def run_config(checkpoint: Path) -> dict[str, Any]:
+    """`model` and `tokenizer` of a checkpoint's run, by its config.yaml; empty if the checkpoint stands alone. Raises CheckpointError."""
+    path = checkpoint.resolve().parent.parent / "config.yaml"
+    saved = OmegaConf.create(read_saved(path))
+    sections = {key: saved.get(key) for key in ("model", "tokenizer") if key in saved}
+    try:
+        return {key: OmegaConf.to_container(section, resolve=True) for key, section in sections.items()}
+    except OmegaConfBaseException as error:
+        raise CheckpointError(
+            f"{path}: {str(error).splitlines()[0]}\n  fix: set the variable it refers to, or write the value there"
+        ) from None
+
+
+def recorded_base(path: Path, recorded: dict[str, str]) -> Path:
+    """The HF folder the run started from: as the checkpoint says, else as the run's config.yaml does (model.path)."""
+    config = path.resolve().parent.parent / "config.yaml"
+    named = recorded.get("path") or (run_config(path).get("model") or {}).get("path")
+    named = str(local_folder(named)) if named else None
+    if not named or not Path(named).is_dir():
+        given = f"the run names {named!r}, which is no folder here" if named else f"neither state.json nor {config} names one"
+        raise CheckpointError(f"{path}: config and tokenizer of the base model are needed; {given}\n  fix: --base HF_FOLDER")
+    return Path(named)
+
+
+def _check_fit(path: Path, origin: str, shapes: dict[str, tuple[int, ...]], saved: dict[str, TensorInfo]) -> None:
+    strangers = [name for name in saved if name not in shapes]
+    if strangers:
+        raise CheckpointError(
+            f"{path} holds tensors that {origin} does not have: {', '.join(strangers[:4])}\n"
+            "  fix: give the run's own base with --base; adapters are merged before they are exported"
+        )
+    for name, info in saved.items():
+        if info.shape != shapes[name]:
+            given = f"{path}: {name} has shape {info.shape}, in {origin} {shapes[name]}"
+            raise CheckpointError(f"{given}\n  fix: give the run's own base with --base")
+
+
+def _trained(folder: Path, name: str, info: Any) -> LazyTensor:
+    """One tensor of a training checkpoint."""
+    dtype = getattr(torch, info.dtype)
+
+    def read(part: tuple[slice, ...]) -> Tensor:
+        whole = torch.empty(info.shape, dtype=dtype)
+        load_tensors(folder, {name: whole}, alone=True)
+        return whole[part]
+
+    return LazyTensor(info.shape, dtype, read)
+
+
+def _run_assets(config: dict[str, Any], base: Path | None) -> Assets:
+    """The base's assets with the tokenizer and chat template that the run was trained with."""
+    assets, chosen = read_assets(base) if base else Assets(), config.get("tokenizer") or {}
+    folder = local_folder(chosen["path"]) if chosen.get("path") else base
+    if folder is not None and folder != base:
+        assets = replace(assets, files=read_assets(folder).files)
+    if folder is None or (base is not None and not chosen.get("path") and chosen.get("template", "auto") == "auto"):
+        return assets
+    tokenizer = load_tokenizer(folder)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    assets = replace(assets, config={key: value for key, value in ids.items() if value is not None} | assets.config)
+    if chosen.get("template", "auto") != "auto":
+        assets = assets.with_template(build_template(chosen["template"], tokenizer).source)
+    return assets

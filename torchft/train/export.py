@@ -1,0 +1,69 @@
+"""Any step of a run, or any model folder, as what others load: a HF folder, or a GGUF file with a Modelfile; with a model card.
+
+RUN --step latest|best|N--> checkpoint, verified --> ModelSource --> OUT/: safetensors, tokenizer, README.md | NAME-q8_0.gguf, Modelfile
+"""
+
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from torchft.checkpoint.folder import step_of
+from torchft.checkpoint.gguf_out import Kind, write_gguf
+from torchft.checkpoint.hf import save_hf
+from torchft.checkpoint.manifest import MANIFEST, sync_folder
+from torchft.checkpoint.source import ModelSource, open_source
+from torchft.data.ollama import modelfile
+from torchft.data.templates import build_template
+from torchft.errors import CheckpointError, DataError
+from torchft.tokenizers.load import tokenizer_of
+from torchft.train.card import model_card
+from torchft.train.record import checkpoint_at, read_run
+
+
+def open_export(path: Path, step: str, *, base: Path | None = None, files: str = "safetensors") -> tuple[ModelSource, str]:
+    """The model of a run (at `step`), of a checkpoint, of a HF folder or a GGUF file; and its card, empty without a run."""
+    checkpoint = checkpoint_at(path, step) if (path / "checkpoints").is_dir() else path
+    source = open_source(checkpoint, base)
+    run = checkpoint.resolve().parent.parent
+    card = (checkpoint / MANIFEST).is_file() and (run / "config.yaml").is_file()
+    return source, model_card(read_run(run), step_of(checkpoint), files=files) if card else ""
+
+
+def export_hf_folder(source: ModelSource, card: str, out: Path, *, dtype: torch.dtype | None, shard_bytes: int) -> None:
+    """Writes the HF folder, whole or not at all. dtype None: as saved."""
+    files = source.assets.files | ({"README.md": card.encode()} if card else {})
+    save_hf(out, source.spec, source.tensors.items(), replace(source.assets, files=files), dtype=dtype, shard_bytes=shard_bytes)
+
+
+def export_gguf(source: ModelSource, card: str, out: Path, kind: Kind, *, name: str) -> str:
+    """Writes `out`/{name-kind.gguf, Modelfile, README.md}, whole or not at all; why there is no Modelfile, "" if there is one."""
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} exists and is not empty\n  fix: choose another folder, or remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.tmp-"))
+    try:
+        write_gguf(temporary / f"{name}-{kind}.gguf", source.spec, source.tensors, source.assets, kind, name=name)
+        reason = _write_modelfile(source, temporary, f"{name}-{kind}.gguf")
+        if card:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        os.chmod(temporary, 0o755)  # mkdtemp makes it private
+        sync_folder(temporary)
+        os.rename(temporary, out)
+        return reason
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_modelfile(source: ModelSource, folder: Path, gguf_name: str) -> str:
+    """The Modelfile, or why there can't be one: the GGUF is as good without."""
+    try:
+        tokenizer = tokenizer_of(source.assets.files)
+        text = modelfile(gguf_name, build_template("auto", tokenizer), tokenizer)
+    except DataError as error:
+        return str(error)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    return ""
