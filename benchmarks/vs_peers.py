@@ -9,13 +9,14 @@ what trains something else has no place in the table. Environments, model and da
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from peers.cases import PEERS, Prepared, Sizes, prepare, start_of
+from peers.cases import PEERS, Prepared, prepare, start_of
 from peers.measure import Case, Measured, run_case
-from peers.table import hardware, sections, tokens_per_s
+from peers.table import HOW, hardware, sections, tokens_per_s
 
 from torchft import __version__
 from torchft.dist import environment
@@ -31,43 +32,40 @@ SMOLLM2 = CACHE / f"SmolLM2-135M-Instruct-{__version__}"
 def main(argv: list[str] | None = None) -> int:
     """Runs, prints and, if asked to, writes; 1 if any run failed."""
     args = parse(argv)
-    sizes = Sizes(args.steps, args.warmup, args.threads)
-    runs_file = args.cache / "measured.jsonl"
-    measured = [Measured.from_json(json.loads(line)) for line in runs_file.open(encoding="utf-8")] if args.add else []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run at hand is ended as well
     try:
-        prepared = prepare(args.only, args.cache, model_folder(args.model), sizes)
+        prepared = prepare(args.only, args.cache, model_folder(args.model), args.steps)
     except TorchftError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     cases = [Case(peer, mode, dtype) for dtype in args.dtypes for mode in args.modes for peer in args.only if mode in PEERS[peer].modes]
-    before = len(measured)
-    for round in range(args.rounds):
-        measured += run_round(round, cases, prepared, sizes)
-    runs_file.write_text("".join(json.dumps(one.to_json()) + "\n" for one in measured), encoding="utf-8")
+    done = args.cache / "measured.jsonl"
+    if not args.add:
+        done.unlink(missing_ok=True)
+    failed = sum(not run_one(case, prepared, args, done) for _ in range(args.rounds) for case in cases)
+    measured = [Measured.from_json(json.loads(line)) for line in done.read_text(encoding="utf-8").splitlines()] if done.exists() else []
     text = sections(measured, args.warmup)
     print(f"\n{text}")
     if args.write:
         write(text, measured, args)
-    return int(len(measured) - before < len(cases) * args.rounds)
+    return int(failed > 0)
 
 
-def run_round(round: int, cases: list[Case], prepared: Prepared, sizes: Sizes) -> list[Measured]:
-    """Every case once, in turn; one that fails is shown and left out."""
-    done = []
-    for case in cases:
-        try:
-            one = run_case(case, start_of(case, prepared, sizes), warmup=sizes.warmup)
-        except RuntimeError as error:
-            print(error, file=sys.stderr, flush=True)
-            continue
-        done.append(one)
-        speed = tokens_per_s(one, sizes.warmup)
-        print(
-            f"round {round + 1}  {case.dtype} {case.mode:9} {case.peer:12} {speed:7.0f} tokens/s  peak {one.peak_mib / 1024:.2f} GiB  "
-            f"first step {one.first_step_s:.1f} s  load {one.load:.1f}",
-            flush=True,
-        )
-    return done
+def run_one(case: Case, prepared: Prepared, args: argparse.Namespace, done: Path) -> bool:
+    """Runs, shows and keeps one case; False, and its output shown, if it failed."""
+    try:
+        one = run_case(case, start_of(case, prepared, threads=args.threads), warmup=args.warmup)
+    except RuntimeError as error:
+        print(error, file=sys.stderr, flush=True)
+        return False
+    with done.open("a", encoding="utf-8") as file:  # at once: a call that is cut off loses only the run at hand
+        file.write(json.dumps(one.to_json()) + "\n")
+    print(
+        f"{case.dtype} {case.mode:9} {case.peer:12} {tokens_per_s(one, args.warmup):7.1f} tokens/s  peak {one.peak_mib / 1024:.2f} GiB  "
+        f"first step {one.first_step_s:.1f} s  load {one.load:.1f}",
+        flush=True,
+    )
+    return True
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -92,7 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="threads of a run, over all its processes (default: 2)")
     parser.add_argument("--model", type=Path, help="HF folder of a llama model (default: SmolLM2-135M-Instruct of the quickstart)")
     parser.add_argument("--cache", type=Path, default=CACHE / "vs_peers", help="environments, data and runs (default: %(default)s)")
-    parser.add_argument("--add", action="store_true", help="add to the rounds of earlier calls instead of forgetting them")
+    parser.add_argument("--add", action="store_true", help="keep what earlier calls measured; with --rounds 0 only the table is made again")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/vs_peers.md and .json")
     args = parser.parse_args(argv)
     if not 1 <= args.warmup <= args.steps - 2:
@@ -120,7 +118,7 @@ def write(text: str, measured: list[Measured], args: argparse.Namespace) -> None
     facts["load"] = f"{min(one.load for one in measured):.1f} to {max(one.load for one in measured):.1f} (1-minute average before a run)"
     head = "# torchft beside other libraries\n\n" + "".join(f"- {name}: {value}\n" for name, value in facts.items())
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "vs_peers.md").write_text(f"{head}\n{text}", encoding="utf-8")
+    (RESULTS / "vs_peers.md").write_text(f"{head}\n{HOW}\n{text}", encoding="utf-8")
     content = {"facts": facts, "runs": [one.to_json() for one in measured]}
     (RESULTS / "vs_peers.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

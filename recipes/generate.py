@@ -71,7 +71,8 @@ def load_model(cfg: Config) -> LanguageModel:
     """The model on its device."""
     device = init_world(cfg.device).device
     template = None if cfg.prompts.raw else cfg.tokenizer.template
-    model = open_model(cfg.model.path, device=device, precision=cfg.precision, tokenizer=cfg.tokenizer.path, template=template)
+    text = {"tokenizer": cfg.tokenizer.path, "template": template, "thinking": cfg.tokenizer.thinking}
+    model = open_model(cfg.model.path, device=device, precision=cfg.precision, **text)
     logger.info("model %s, template %s", model.path, "none" if model.template is None else model.template.name)
     return model
 
@@ -86,7 +87,7 @@ def encode(model: LanguageModel, prompt: Prompt) -> list[int]:
     tokenizer, most = model.tokenizer, model.decoder.spec.max_seq_len
     try:
         if model.template is not None:
-            ids = model.template.prompt(prompt.messages)
+            ids = model.template.prompt(prompt.messages, prompt.tools)
         else:
             ids = [tokenizer.bos_id] * tokenizer.adds_bos + tokenizer.encode(prompt.text or "")
     except DataError as error:

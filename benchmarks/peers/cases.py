@@ -43,17 +43,11 @@ PEERS = {
     "ours": Peer("torchft", "", ""),
     "bare": Peer("bare PyTorch loop", "hf", "run_bare.py"),
     "trainer": Peer("HF Trainer", "hf", "run_trainer.py", chat="padded"),
-    "ours-fsdp2": Peer("torchft, FSDP2 x 2", "", "", processes=2),
+    "trl": Peer("TRL SFTTrainer", "trl", "run_trl.py"),
+    "torchtune": Peer("torchtune", "torchtune", "run_torchtune.py"),
+    "litgpt": Peer("litgpt", "litgpt", "run_litgpt.py", modes=("eager", "chat"), chat="padded"),
+    "ours-fsdp2": Peer("torchft, FSDP2 x 2", "", "", modes=("eager", "chat"), processes=2),
 }
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is run."""
-
-    steps: int  # of modes eager and compiled, warm-up included
-    warmup: int
-    threads: int  # shared by the processes of a run
 
 
 @dataclass(frozen=True)
@@ -68,31 +62,31 @@ class Prepared:
         return self.cache / "data" / ("chats" if mode == "chat" else "full")
 
 
-def prepare(peers: list[str], cache: Path, model: Path, sizes: Sizes) -> Prepared:
-    """Environments and data of these peers. Raises ConfigError where an environment can't be had."""
+def prepare(peers: list[str], cache: Path, model: Path, steps: int) -> Prepared:
+    """Environments of these peers, and data for `steps` steps. Raises ConfigError where an environment can't be had."""
     pythons = {env: python_of(env, cache / "envs") for env in dict.fromkeys(PEERS[peer].env for peer in peers) if env}
     prepared = Prepared(model, cache, pythons)
-    write_full_rows(prepared.data("eager"), model, SOURCE, ROWS * sizes.steps)
-    write_chats(prepared.data("chat"), model, SOURCE, CHATS_A_STEP * sizes.steps)
+    write_full_rows(prepared.data("eager"), model, SOURCE, ROWS * steps)
+    write_chats(prepared.data("chat"), model, SOURCE, CHATS_A_STEP * steps)
     return prepared
 
 
-def start_of(case: Case, prepared: Prepared, sizes: Sizes) -> Start:
-    """The command of a run, its files and its share of the threads."""
+def start_of(case: Case, prepared: Prepared, *, threads: int) -> Start:
+    """The command of a run and its files. threads: shared by its processes."""
     peer, chat = PEERS[case.peer], case.mode == "chat"
     name = f"{case.peer}-{case.mode}-{case.dtype}"
     folder, compiled = prepared.cache / "runs" / name, prepared.cache / "compiled" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    threads = max(1, sizes.threads // peer.processes)
+    each = max(1, threads // peer.processes)
     if not peer.driver:
         run = folder / "run"
         return Start(
             _our_command(case, peer, prepared, run),
             run / "metrics.jsonl",
-            threads,
+            each,
             compiled,
-            _trained(prepared.data(case.mode), packed=chat),
+            count_trained(prepared.data(case.mode), packed=chat),
         )
     rows, job_file = folder / "rows.jsonl", folder / "job.json"
     job = Job(
@@ -108,10 +102,10 @@ def start_of(case: Case, prepared: Prepared, sizes: Sizes) -> Start:
         max_norm=MAX_NORM,
     )
     job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    return Start([str(prepared.pythons[peer.env]), str(DRIVERS / peer.driver), str(job_file)], rows, threads, compiled, [])
+    return Start([str(prepared.pythons[peer.env]), str(DRIVERS / peer.driver), str(job_file)], rows, each, compiled, [])
 
 
-def _trained(data: Path, *, packed: bool) -> list[int]:
+def count_trained(data: Path, *, packed: bool) -> list[int]:
     """Tokens with a loss in each of our steps: the rows are a function of the lengths, in the files' order."""
     samples = read_rows(data)
     packs = plan_window([len(s["input_ids"]) for s in samples], SEQ_LEN) if packed else [[i] for i in range(len(samples))]

@@ -8,6 +8,7 @@ needs, without what loading or compiling took once.
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import time
 from dataclasses import asdict, dataclass
@@ -82,7 +83,10 @@ def run_case(case: Case, start: Start, *, warmup: int) -> Measured:
     load = os.getloadavg()[0]
     with log_file.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(start.command, stdout=log, stderr=subprocess.STDOUT, env=env)
-        peaks = _watch(process, start.rows_file, warmup)
+        try:
+            peaks = _watch(process, start.rows_file, warmup)
+        finally:
+            _end(process)
     rows = [json.loads(line) for line in start.rows_file.read_text(encoding="utf-8").splitlines()] if start.rows_file.exists() else []
     if process.returncode or len(rows) <= warmup + 1:
         tail = "\n".join(log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
@@ -117,9 +121,18 @@ def _watch(process: subprocess.Popen, rows_file: Path, warmup: int) -> dict[str,
             for pid in pids:
                 _reset_high_water(pid)
         if time.monotonic() - started > LIMIT_S:
-            process.kill()
+            _end(process)
         time.sleep(POLL_S)
     return peaks
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the process and all below it, if they still run."""
+    if process.poll() is None:
+        for pid in reversed(_tree(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 def _tree(pid: int) -> list[int]:

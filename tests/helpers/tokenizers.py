@@ -41,14 +41,31 @@ def _bpe_json() -> str:
     return tok.to_str()
 
 
-def make_hf_tokenizer(folder: Path, *, template: str | None = CHATML, **config) -> Path:
-    """A folder with tokenizer.json and tokenizer_config.json; `config` goes over the defaults."""
+def make_hf_tokenizer(folder: Path, *, template: str | None = CHATML, special: tuple[str, ...] = (), **config) -> Path:
+    """A folder with tokenizer.json and tokenizer_config.json; `special` comes to its tokens, `config` goes over the defaults."""
+    from tokenizers import AddedToken, Tokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(_bpe_json())
+    tok = Tokenizer.from_str(_bpe_json())
+    tok.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    (folder / "tokenizer.json").write_text(tok.to_str())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **CONFIG, **config}
     if template is not None:
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def make_prefixing_tokenizer(folder: Path) -> Path:
+    """A folder with a tokenizer.json as Llama 2's: a space before each stretch of text between special tokens."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tok.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return folder
 
 

@@ -13,6 +13,7 @@ from tests.helpers.models import make_model
 from tests.helpers.recipe import ROOT, arguments, load_recipe
 from torchft.config.problems import optional_inner
 from torchft.models.build import read_config
+from torchft.models.custom import CustomSpec
 from torchft.optim.build import OPTIMIZERS, OptimConfig, build_optimizer
 from torchft.optim.schedules import SCHEDULES, ScheduleConfig, build_schedule
 
@@ -22,8 +23,18 @@ ELSEWHERE = {
     "plugins": ("tests/unit/test_config.py", "plugins"),  # config/load.py imports them
     "checkpoint.best_mode": ("tests/unit/test_store.py", "best_mode"),
     "checkpoint.overwrite": ("tests/unit/test_store.py", "overwrite"),
+    "schedule.allow_change": ("tests/recipes/test_full_finetune.py", "allow_change"),
+    "train.nonfinite.action": ("tests/dist/test_data_parallel.py", 'NonFinite(action="skip")'),
+    "train.nonfinite.max_in_row": ("tests/recipes/test_options.py", "max_in_row=2"),
+    "metrics.project": ("tests/unit/test_trackers.py", "project"),
+    "model.family": ("tests/recipes/test_pretrain.py", "model.family"),  # instead of model.path, as all of model.spec
+    "model.size": ("tests/recipes/test_full_finetune.py", "model.size"),
+    "model.spec": ("tests/recipes/test_pretrain.py", "model.spec."),
+    "model.spec.init_std": ("tests/recipes/test_pretrain.py", "init_std"),
+    **{f"model.spec.{name}": ("tests/unit/test_custom_spec.py", name) for name in sorted(CustomSpec.__annotations__) if name != "init_std"},
 }
-IGNORED = (str(ROOT / "torchft" / "config"), "<string>")  # what reads every key: loading, printing, saving; a dataclass's own methods
+READERS = (str(ROOT / "torchft"), str(ROOT / "recipes"))  # whose reads count, but not those of the part that loads and prints configs
+LOADING = str(ROOT / "torchft" / "config")
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, type, str]]:
@@ -39,7 +50,7 @@ def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, type, str]]:
 
 @pytest.fixture
 def reads(monkeypatch, request) -> Iterator[set[tuple[type, str]]]:
-    """(dataclass, field) of every read outside IGNORED and outside checks, of the recipe that the test is about."""
+    """(dataclass, field) of every read by READERS outside of checks, of the recipe that the test is about."""
     seen: set[tuple[type, str]] = set()
     config = load_recipe(request.node.callspec.params["recipe"]).Config
     for cls in {cls for _, cls, _ in keys(config)} - {config}:
@@ -54,7 +65,8 @@ def _spy(cls: type, names: set[str], seen: set[tuple[type, str]]) -> Any:
     def read(self: Any, name: str) -> Any:
         if name in names:
             code = sys._getframe(1).f_code
-            if not code.co_filename.startswith(IGNORED) and not code.co_filename.endswith("dataclasses.py") and "check" not in code.co_name:
+            is_reader = code.co_filename.startswith(READERS) and not code.co_filename.startswith(LOADING)
+            if is_reader and "check" not in code.co_name:
                 seen.add((cls, name))
         return object.__getattribute__(self, name)
 

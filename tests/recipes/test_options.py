@@ -1,7 +1,9 @@
 """Options of the recipe, each by its effect on a run of the debug model."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +11,15 @@ from safetensors.torch import load_file
 
 from tests.helpers.recipe import ROOT, arguments, rows, train
 from torchft.checkpoint.reader import load_tensors
-from torchft.errors import CheckpointError, ConfigError
+from torchft.errors import CheckpointError, ConfigError, NumericError
+from torchft.metrics.sinks import Sinks
 from torchft.models.block import Block
 from torchft.models.build import read_config
+from torchft.optim.schedules import ScheduleConfig
 from torchft.parallel.parts import Parts
+from torchft.train.run import Run
+from torchft.train.setup import check_schedule
+from torchft.train.step import NonFinite, StepStats
 
 SHORT = ("train.steps=3", "validate.every_steps=0", "checkpoint.every_steps=0", "schedule.warmup_steps=0", "export.hf=false")
 
@@ -168,6 +175,29 @@ def test_deterministic_mode(cache, plain, tmp_path, monkeypatch):
 def test_recomputation_keeps_the_losses(option, cache, plain, tmp_path):
     """Losses keep their bits."""
     assert losses(tmp_path, cache, "memory.recompute=full", option) == plain
+
+
+def test_skipped_steps_in_a_row_end_the_run():
+    """At max_in_row=2 two in a row are too many; a good step or an fp16 overflow, which has a limit of its own, starts the count anew."""
+    run = Run.__new__(Run)
+    run.skipped_steps, run._skipped_in_row, run.sinks = 0, 0, Sinks({})
+    run.cfg = SimpleNamespace(train=SimpleNamespace(nonfinite=NonFinite("skip", max_in_row=2)))
+    bad, good = StepStats({}, 1.0, float("nan"), 1, "not finite"), StepStats({}, 1.0, 1.0, 1)
+    for step, stats in enumerate([bad, good, bad, replace(bad, overflow=True), bad]):
+        run._count_skip(step, stats)
+    assert run.skipped_steps == 4
+    with pytest.raises(NumericError, match="max_in_row=2"):
+        run._count_skip(5, bad)
+
+
+def test_a_schedule_of_an_older_checkpoint_is_the_same_one():
+    """Keys that came later count as their defaults: an older checkpoint's schedule is no change; another value of them is."""
+    cfg = ScheduleConfig("cosine", warmup_steps=3)
+    older = {"name": "cosine", "warmup_steps": 3, "warmup_ratio": 0.0, "min_ratio": 0.0, "lr": 1.0, "num_steps": 9}
+    given = {**asdict(cfg), "lr": 1.0, "num_steps": 9}
+    check_schedule(given, older)
+    with pytest.raises(ConfigError, match="cycles"):
+        check_schedule(given | {"cycles": 2}, older)
 
 
 def events(folder: Path, kind: str) -> list[dict]:

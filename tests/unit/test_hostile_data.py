@@ -128,3 +128,12 @@ def test_index_is_small(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n' * 1000)
     [file] = open_records(SourceConfig(path=str(tmp_path / "a.jsonl")))._files
     assert file._spans.nbytes == 24_000 and file._spans.dtype == np.int64
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_a_number_is_read_to_its_end(tmp_path, monkeypatch, chunk):
+    """A number where a record should be is told as one, wherever the pieces end in which the file is read."""
+    monkeypatch.setattr("torchft.data.json_files.CHUNK", chunk)
+    (tmp_path / "a.json").write_text("[12345678]")
+    with pytest.raises(DataError, match="a.json:1:1: given int, expected a JSON object"):
+        read_all(tmp_path / "a.json")

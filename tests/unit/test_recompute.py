@@ -1,13 +1,16 @@
 """Recomputation: gradients keep their bits, and what is run again is what the mode says."""
 
+import sys
 from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from tests.helpers.flex import flex_on_cpu
 from tests.helpers.tiny import packed_batch, tiny_llama
 from torchft.losses.cross_entropy import CrossEntropy
 from torchft.models.init import init_weights
@@ -30,12 +33,13 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients(memory: MemoryConfig, compile: CompileConfig | None = None) -> tuple[dict[str, torch.Tensor], Counter]:
+def gradients(memory: MemoryConfig, compile: CompileConfig | None = None, core: str = "auto") -> tuple[dict[str, torch.Tensor], Counter]:
     spec, parallel = tiny_llama(), ParallelConfig()
     mesh = build_mesh(resolve_degrees(parallel, 1), torch.device("cpu"))
-    parts = parallelize(build_stages(spec, mesh, torch.float32), mesh, parallel, memory=memory, compile=compile)
+    parts = parallelize(build_stages(spec, mesh, torch.float32, core), mesh, parallel, memory=memory, compile=compile)
     init_weights(parts.named_parameters(), spec, 0)
-    with nullcontext(Count()) if compile else Count() as count:  # torch.compile refuses to work under a mode
+    # torch.compile refuses to work under a mode, and FlexAttention under one it does not know
+    with nullcontext(Count()) if compile or core == "flex" else Count() as count:
         parts.forward_backward([packed_batch(1)], CrossEntropy(), scale=1.0)
     return {name: p.grad for name, p in parts.named_parameters()}, count.seen
 
@@ -68,9 +72,24 @@ def test_with_compile(mode: str) -> None:
     assert all(torch.allclose(got[name], expected[name], rtol=1e-5, atol=1e-7) for name in expected)
 
 
+def test_flex_attention_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 blocks of FlexAttention: selective runs the attention once each, full twice; gradients keep their bits."""
+    module, runs = sys.modules["torch._higher_order_ops.flex_attention"], []
+    math_attention = module.math_attention
+    monkeypatch.setattr(module, "math_attention", lambda *args: runs.append(1) or math_attention(*args))
+    expected, counts = None, []
+    for mode in ("none", "selective", "full"):
+        before = len(runs)
+        with flex_on_cpu():
+            got, _ = gradients(MemoryConfig(mode), core="flex")
+        counts.append(len(runs) - before)
+        expected = expected or got
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert counts == [4, 4, 8]
+
+
 def test_every_attention_is_kept() -> None:
     """FlexAttention's operator is on the list, and variable-length attention's from its import on."""
-    from torch._higher_order_ops.flex_attention import flex_attention
     from torch.nn.attention import varlen
 
     assert varlen and flex_attention in kept_ops() and torch.ops.torch_attn._varlen_attn.default in kept_ops()

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.tokenizers import make_hf_tokenizer
+from torchft.data.prefetch import map_ahead
 from torchft.data.show import as_html, as_json, as_text, show_sample, token_texts
 from torchft.data.templates import build_template
 from torchft.data.truncation import truncate
-from torchft.data.types import Encoded, Message
+from torchft.data.types import Encoded, Message, ToolCall
 from torchft.tokenizers.load import load_tokenizer
 
 CHAT = [Message("system", "Be kind."), Message("user", "What is 1+1?"), Message("assistant", "2")]
@@ -124,3 +125,38 @@ def test_json_has_every_token(tokenizer):
     (sample,) = json.loads(as_json([shown(tokenizer)]))
     assert [token["id"] for token in sample["tokens"]] == build_template("auto", tokenizer).encode(CHAT, where="x").ids.tolist()
     assert {token["weight"] for token in sample["tokens"] if token["kind"] == "trained"} == {1.0} and sample["num_trained"] == 2
+
+
+def test_tools_and_an_added_end_have_roles(tokenizer):
+    """Tool descriptions are the template's, a call and its result their senders'; the EOS put behind an open reply is the template's;
+    there is a role for each token."""
+    tools = ({"type": "function", "function": {"name": "add", "description": "adds numbers", "parameters": {}}},)
+    call = Message("assistant", "", tool_calls=(ToolCall("add", {"a": "seven apples"}),))
+    chat = [Message("user", "Hi"), call, Message("tool", "eight", name="add"), Message("assistant", "done")]
+    for name in ("qwen", "none"):
+        template = build_template(name, tokenizer)
+        given, messages = (tools, chat) if name == "qwen" else ((), chat[:1] + chat[3:])
+        ids = template.encode(messages, where="x", tools=given).ids.tolist()
+        roles = template.roles(messages, given)
+        assert len(roles) == len(ids)
+        texts = {role: "".join(t for t, r in zip(token_texts(ids, tokenizer), roles, strict=True) if r == role) for role in set(roles)}
+        assert texts["user"] == "Hi" and texts["assistant"].endswith("done")
+        if name == "qwen":
+            assert "adds numbers" in texts["template"] and "seven apples" in texts["assistant"] and texts["tool"] == "eight"
+        else:
+            assert roles[-1] == "template" and ids[-1] == tokenizer.eos_id
+
+
+def test_templates_serve_several_threads(tokenizer):
+    """Chats with calls, encoded by four threads at once, give the ids of one thread, in order."""
+    chats = [
+        [Message("user", f"q{i}"), Message("assistant", "", tool_calls=(ToolCall("f", {"x": i}),)), Message("assistant", f"a{i}")][
+            : 2 + i % 2
+        ]
+        for i in range(200)
+    ]
+
+    def ids(template, threads: int) -> list[list[int]]:
+        return [e.ids.tolist() for e in map_ahead(lambda c: template.encode(c, where="x"), chats, workers=threads, together=1)]
+
+    assert ids(build_template("qwen", tokenizer), 4) == ids(build_template("qwen", tokenizer), 1)

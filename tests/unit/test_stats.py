@@ -101,6 +101,23 @@ def test_only(tmp_path, capsys):
     assert main(command("show", tmp_path, "--html", str(tmp_path / "x.html"))) == 0 and "<html" in (tmp_path / "x.html").read_text()
 
 
+def test_preference_data_is_shown(tmp_path, capsys):
+    """Both sides of a pair, each named; a labelled reply under its label; a text is a document."""
+    prompt = [{"role": "user", "content": "x"}]
+    good, bad = ([{"role": "assistant", "content": c}] for c in "yz")
+    records = [
+        {"prompt": prompt, "chosen": good, "rejected": bad},
+        {"prompt": prompt, "completion": bad, "label": False},
+        {"text": "a b c"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert main(command("show", tmp_path, "--json", "-n", "9", "--source", "train/0", f"data.train.0.path={tmp_path}/pairs.jsonl")) == 0
+    shown = json.loads(lines_of(capsys))
+    assert [s["where"].split("jsonl:")[1] for s in shown] == ["1 (chosen)", "1 (rejected)", "2 (bad)", "3"]
+    assert [[t["text"] for t in s["tokens"] if t["role"] == "assistant"] for s in shown] == [["y"], ["z"], ["z"], []]
+    assert {t["role"] for t in shown[3]["tokens"]} == {"document"}
+
+
 def test_errors(tmp_path, capsys):
     """An unknown source, a config without data: exit code 2 and what is expected."""
     assert main(command("show", tmp_path, "--source", "train/7")) == 2

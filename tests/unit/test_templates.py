@@ -256,6 +256,20 @@ def test_template_words_in_user_text(templates, tokenizer):
     assert word in templates["thinks"].encode(chat("u: Hi", "a: <think> again"), where="here").ids.tolist()
 
 
+def test_template_words_that_the_template_reads(tokenizer):
+    """Where a template looks for its own word in a user's text (Qwen 3: `<tool_response>`), a user's word can't pass for the template's; a
+    reply's may."""
+    source = (
+        "{% for m in messages %}{{ m.role }}{% if m.content.startswith('<tool_response>') %} (result){% endif %}: {{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    template = Template("x", source, tokenizer)
+    with pytest.raises(DataError, match="changes messages in a way that hides"):
+        template.prompt(chat("u: <tool_response>12"))
+    word = tokenizer.added_words["<tool_response>"]
+    assert template.prompt(chat("u: a", "a: <tool_response>12", "u: see <tool_response>")).count(word) == 1
+
+
 def test_eos_is_trained_where_it_is_the_pad_token(tmp_path):
     """pad == eos: the end of turn still has weight 1."""
     tokenizer = load_tokenizer(make_hf_tokenizer(tmp_path, pad_token="<|im_end|>"))
@@ -315,7 +329,8 @@ def test_stop_ids(templates, tokenizer):
     [
         ("m.content | upper", "abc", False),
         ("m.content | upper", "ABC 12", True),
-        ("m.content | tojson", 'say "x"', False),
+        ("m.content | tojson", 'say "x"', True),
+        ("m.content | tojson | tojson", 'say "x"', False),
         ("m.content | tojson", "plain", True),
         ("m.content[:2]", "abc", False),
         ("m.content | replace('a', 'b')", "abc", False),
@@ -391,8 +406,8 @@ def test_choosing_a_template(tmp_path):
     base = load_tokenizer(make_hf_tokenizer(tmp_path / "base", template=None))
     with pytest.raises(DataError, match="set tokenizer.template: chatml"):
         build_template("auto", base)
-    with pytest.raises(DataError, match="given 'chatlm', expected one of auto, chatml"):
-        build_template("chatlm", base)
+    with pytest.raises(DataError, match="given 'qwen33', expected one of auto, chatml, .*did you mean qwen3"):
+        build_template("qwen33", base)
     assert shown(build_template("chatml", base), base, CHATS["one"]) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n"
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.tokenizers import CONFIG, SPECIAL, corpus, make_hf_tokenizer, make_sp_tokenizer
+from tests.helpers.tokenizers import CONFIG, SPECIAL, corpus, make_hf_tokenizer, make_prefixing_tokenizer, make_sp_tokenizer
 from torchft.errors import DataError
 from torchft.tokenizers.load import load_tokenizer
 
@@ -193,14 +193,10 @@ def test_special_token_in_a_unigram_vocabulary(tmp_path):
 
 def test_old_llama_prefix(tmp_path):
     """A tokenizer that puts a space before each stretch of text: ids as the library gives, cuts only where a token ends anyway."""
-    from tokenizers import Tokenizer, models, normalizers, trainers
+    from tokenizers import Tokenizer
 
-    tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tok.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
-    tok.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    ours = load_tokenizer(tmp_path)
+    ours = load_tokenizer(make_prefixing_tokenizer(tmp_path))
+    tok = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     expected = tok.encode("<s>The boat answers</s>user", add_special_tokens=False).ids
     assert ours.encode_parts([ours.bos_id, "The boat", " answers", ours.eos_id, "user"]).ids.tolist() == expected
     with pytest.raises(DataError, match="can't be cut before 'd boat'"):

@@ -62,7 +62,7 @@ def test_every_part_is_told_at_once(argv, tmp_path):
         ("model.init=weights", 1, "holds no weights"),
         ("parallel.tp=3", 3, "parallel.tp"),
         ("parallel.dp_shard=2", 3, "parallel"),
-        ("tokenizer.template=none", 1, "tokenizer.template"),
+        ("tokenizer.template=nonesuch", 1, "tokenizer.template"),
         ("optim.lrr=3", 1, "optim.lrr"),
         ("checkpoint.load=nowhere", 1, "checkpoint.load"),
         ("data.seq_len=16", 1, "data.seq_len"),

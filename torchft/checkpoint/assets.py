@@ -5,6 +5,7 @@ without the original, with the same token ids and the same template as in traini
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ class Assets:
     generation: dict[str, Any] = field(default_factory=dict)  # generation_config.json
     files: dict[str, bytes] = field(default_factory=dict)  # the tokenizer's files by name
 
-    def with_template(self, template: str) -> "Assets":
-        """The same with this Jinja chat template: in a file of its own and, for older readers, in tokenizer_config.json."""
+    def with_template(self, template: str, stop_ids: Iterable[int] = ()) -> "Assets":
+        """The same with this Jinja chat template: in a file of its own and, for older readers, in tokenizer_config.json. `stop_ids`: the
+        tokens that end its replies, for generation_config.json."""
         settings = json.loads(self.files.get("tokenizer_config.json", b"{}")) | {"chat_template": template}
         new = {"chat_template.jinja": template.encode(), "tokenizer_config.json": _dump(settings)}
-        return replace(self, files=self.files | new)
+        ends = {"eos_token_id": sorted(stop_ids)} if stop_ids else {}
+        return replace(self, files=self.files | new, generation=self.generation | ends)
 
 
 def read_assets(folder: Path | str) -> Assets:

@@ -141,11 +141,14 @@ def _run_assets(config: dict[str, Any], base: Path | None) -> Assets:
     folder = local_folder(chosen["path"]) if chosen.get("path") else base
     if folder is not None and folder != base:
         assets = replace(assets, files=read_assets(folder).files)
-    if folder is None or (base is not None and not chosen.get("path") and chosen.get("template", "auto") == "auto"):
+    name, thinking = chosen.get("template", "auto"), chosen.get("thinking", "mixed")
+    is_own = name == "auto" and thinking == "mixed"
+    if folder is None or (base is not None and not chosen.get("path") and is_own):
         return assets
     tokenizer = load_tokenizer(folder)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     assets = replace(assets, config={key: value for key, value in ids.items() if value is not None} | assets.config)
-    if chosen.get("template", "auto") != "auto":
-        assets = assets.with_template(build_template(chosen["template"], tokenizer).source)
+    if not is_own:
+        template = build_template(name, tokenizer, thinking=thinking)
+        assets = assets.with_template(template.source, template.stop_ids)
     return assets

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest reply (default 1024)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a reply; may be given again")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    parser.add_argument("--template", default="auto", help="auto: the model's own, or chatml")
+    parser.add_argument("--template", default="auto", help="auto: the model's own; or a name, such as chatml")
+    parser.add_argument("--thinking", default="mixed", choices=("mixed", "always", "never"), help="mixed: as the template has it")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
 
@@ -37,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     if problems := list(cfg.check()):
         raise ConfigError(problems)
     device = init_world(arguments.device).device
-    model = open_model(arguments.dir, device=device, precision=arguments.precision, template=arguments.template)
+    model = open_model(
+        arguments.dir, device=device, precision=arguments.precision, template=arguments.template, thinking=arguments.thinking
+    )
     chat = Chat(model, cfg)
     if arguments.system:
         chat.set_system(arguments.system)

@@ -129,12 +129,12 @@ def machine(folder: Path) -> Iterator[Finding]:
 
 
 def allocator() -> Finding:
-    """The C library, and whether its malloc's thresholds are set: they decide if every step asks the system for its pages again."""
+    """The C library, and who sets its malloc's thresholds: they decide if every step asks the system for its pages again."""
     from torchft.dist import environment
 
     name, version = platform.libc_ver()
     given = ", ".join(f"{variable}={environment(variable)}" for variable in MALLOC if environment(variable))
-    thresholds = f", {given or ' and '.join(MALLOC) + ' not set'}" if name == "glibc" else ""
+    thresholds = f", {given or 'thresholds not set: runs on the CPU raise them'}" if name == "glibc" else ""
     return Finding("malloc", "ok", f"{name or 'C library'} {version}".strip() + thresholds)
 
 

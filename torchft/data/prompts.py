@@ -9,7 +9,7 @@ A reply at the end of a record (the answer of a training or test set) is not par
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torchft.data.formats import sample_from_record
 from torchft.data.sources import SourceConfig, open_records
@@ -37,6 +37,7 @@ class Prompt:
     where: str
     text: str | None = None
     expected: str | None = None  # the reply that the record had
+    tools: tuple[dict[str, Any], ...] = ()  # as in Sample
 
 
 def read_prompts(cfg: PromptsConfig) -> list[Prompt]:
@@ -81,9 +82,11 @@ def _of_text(text: str, where: str) -> Prompt:
 def _of_chat(record: dict, where: str, format: str) -> Prompt:
     """An alpaca record may come without its output."""
     given = record if "instruction" not in record else {"output": "", **record}
-    messages = sample_from_record(given, where, format).messages
+    sample = sample_from_record(given, where, format)
+    messages = sample.messages
     if messages[-1].role != "assistant":
-        return Prompt(messages, where)
+        return Prompt(messages, where, tools=sample.tools)
     if len(messages) == 1:
         raise DataError(f"{where}: nothing but a reply: a prompt needs a message before it")
-    return Prompt(messages[:-1], where, expected=messages[-1].content if "output" in record or "instruction" not in record else None)
+    expected = messages[-1].content if "output" in record or "instruction" not in record else None
+    return Prompt(messages[:-1], where, expected=expected, tools=sample.tools)

@@ -34,7 +34,7 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE:
             raise DataError(f"chat template: given {len(source)} characters, expected at most {MAX_SOURCE}: choose another template")
         self._env = _Environment(today)
-        self._variables = {"tools": None, "documents": None, **variables}
+        self._variables = {"documents": None, **variables}
         try:
             tree = self._env.parse(source)
             _meter(tree)
@@ -43,12 +43,13 @@ class ChatTemplate:
             raise DataError(f"chat template: line {error.lineno}: {error.message}") from error
         self._template = jinja2.Template.from_code(self._env, code, self._env.make_globals(None))
 
-    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, add_generation_prompt: bool) -> str:
         """The text of a chat. Raises DataError with the template's own message if it refuses the chat or breaks a cap."""
         self._env.steps = 0
         out, size = [], 0
+        variables = {**self._variables, "tools": tools, "messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            for text in self._template.generate(messages=messages, add_generation_prompt=add_generation_prompt, **self._variables):
+            for text in self._template.generate(variables):
                 size += len(text)
                 if size > MAX_LENGTH:
                     raise SecurityError(f"it renders more than {MAX_LENGTH} characters")

@@ -75,7 +75,7 @@ def _encode_part(part: Sample | Document, template: Template, masks: MaskConfig)
 
 
 def _roles(sample: Sample, template: Template, masks: MaskConfig) -> list[str]:
-    return template.roles(apply_masks(sample.messages, masks, sample.where), tools=sample.tools)
+    return template.roles(apply_masks(sample.messages, masks, sample.where), sample.tools)
 
 
 def _encode_text(document: Document, template: Template) -> Encoded | None:

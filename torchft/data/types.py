@@ -42,9 +42,7 @@ class Sample:
 
     messages: tuple[Message, ...]
     where: str
-    tools: tuple[
-        dict[str, Any], ...
-    ] = ()  # functions the assistant may call, {"type": "function", "function": {name, description, parameters}}
+    tools: tuple[dict[str, Any], ...] = ()  # functions it may call: {"type": "function", "function": {name, description, parameters}}
 
 
 @dataclass(frozen=True)

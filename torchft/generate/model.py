@@ -10,7 +10,7 @@ The template is the same object as in training, so a prompt's ids are those that
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from torchft.checkpoint.hf import copy_weights
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST
 from torchft.checkpoint.source import open_source, recorded_base, run_config
-from torchft.data.templates import Template, build_template
+from torchft.data.templates import Template, Thinking, build_template
 from torchft.dtypes import DTYPES
 from torchft.errors import CheckpointError
 from torchft.log import get_logger
@@ -54,11 +54,12 @@ def open_model(
     precision: Precision = "auto",
     tokenizer: str | None = None,
     template: str | None = "auto",
+    thinking: Thinking = "mixed",
 ) -> LanguageModel:
     """The model in a HF folder, a run folder or a checkpoint.
 
-    precision auto: bf16 on CUDA, fp32 elsewhere. tokenizer: another folder to take it from. template: as `tokenizer.template` of the
-    recipes, "auto" being the model's own; None: no template (raw text). Raises ConfigError, CheckpointError or DataError.
+    precision auto: bf16 on CUDA, fp32 elsewhere. tokenizer: another folder to take it from. template, thinking: as in the recipes'
+    section tokenizer, "auto" and "mixed" being the model's own; template None: raw text. Raises ConfigError, CheckpointError or DataError.
     """
     found = find_model(Path(path))
     source = open_source(found)  # quick: the weights are read below
@@ -70,7 +71,9 @@ def open_model(
     text = load_tokenizer(local_folder(tokenizer or _tokenizer_folder(found)))
     if template == "auto" and is_checkpoint(found):
         template = _of_run(found, "tokenizer.template") or "auto"
-    return LanguageModel(found, decoder.eval(), text, None if template is None else build_template(template, text))
+        thinking = _of_run(found, "tokenizer.thinking") or thinking if thinking == "mixed" else thinking
+    chat = None if template is None else build_template(template, text, thinking=thinking)
+    return LanguageModel(found, decoder.eval(), text, chat)
 
 
 def find_model(path: Path) -> Path:
@@ -108,7 +111,7 @@ def _tokenizer_folder(found: Path) -> Path:
     return Path(_of_run(found, "tokenizer.path") or recorded_base(found, {}))
 
 
-def _of_run(checkpoint: Path, key: str) -> str | None:
+def _of_run(checkpoint: Path, key: str) -> Any:
     """A key of the config of the run that a checkpoint is of."""
     section, _, name = key.partition(".")
     return (run_config(checkpoint).get(section) or {}).get(name)

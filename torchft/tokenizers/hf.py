@@ -100,6 +100,20 @@ class HfTokenizer:
             raise DataError(f"{self._name}: this tokenizer makes a special token out of plain text: {self._excerpt(parts)}")
         return pieces
 
+    def encode_many(self, chats: Sequence[Sequence[Part]], names: Sequence[str]) -> list[Pieces]:
+        """Each as `encode_parts`, on all cores and faster, but a token's span is that of its whole part. Raises DataError with the name."""
+        stretches = [[] if self._prefixes_sections else self._stretches(parts) for parts in chats]
+        flats = ["".join(flat for flat, _, _ in chat) for chat in stretches]
+        encodings = self._tok.encode_batch_fast(flats, add_special_tokens=False)
+        out = []
+        for parts, chat, encoding, name in zip(chats, stretches, encodings, names, strict=True):
+            pieces = self._pieces_by_part(chat, np.array(encoding.ids, np.int32))
+            try:
+                out.append(self.encode_parts(parts) if pieces is None else pieces)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from error
+        return out
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return self._tok.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
@@ -125,6 +139,23 @@ class HfTokenizer:
         if self._prefixes_sections:
             self._check_joints(parts, pieces)
         return pieces, clean
+
+    def _pieces_by_part(self, stretches: list[tuple[str, int, int | None]], ids: np.ndarray) -> Pieces | None:
+        """The tokens with the spans of their stretches; None where only offsets tell them, or the text needs a second look."""
+        is_separator = self._is_separator[ids]
+        places = np.flatnonzero(is_separator)
+        separators = [k for k, (_, _, i) in enumerate(stretches) if i is not None]
+        if not stretches or len(places) != len(separators) or self._is_special[ids].any():
+            return None
+        at = np.cumsum([0, *(length for _, length, _ in stretches)])
+        bounds = np.array([(at[k], at[k + 1]) for k in separators], np.int64).reshape(-1, 2)  # (separators, 2)
+        edges = np.concatenate([[0], bounds.ravel(), at[-1:]]).reshape(-1, 2)  # (separators + 1, 2): the text between them
+        passed = np.cumsum(is_separator)
+        spans = edges[passed]
+        spans[places] = bounds
+        ids[places] = [stretches[k][2] for k in separators]
+        keep = ids >= 0
+        return Pieces(ids[keep], spans[keep, 0], spans[keep, 1])
 
     def _stretches(self, parts: Sequence[Part]) -> list[tuple[str, int, int | None]]:
         """(flat text, length in the parts joined, id of the separator's token or -1 for a cut or None for text)."""

@@ -22,7 +22,7 @@ from torchft.data.loader import DataConfig, Loader, evaluation_steps
 from torchft.data.mixture import build_mixture
 from torchft.data.sources import SourceConfig, mapping_of, open_records, resolve
 from torchft.data.streaming import STREAMED, Lines, VirtualStreams
-from torchft.data.templates import Template, build_template
+from torchft.data.templates import Template, Thinking, build_template
 from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
 from torchft.data.tokenize import all_roles, encode_all, encode_record
 from torchft.data.truncation import truncate
@@ -44,7 +44,8 @@ Source = SourceConfig | TextConfig
 @dataclass
 class TokenizerConfig:
     path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
-    template: str = "auto"  # chat template: auto (the tokenizer's own) or chatml
+    template: str = "auto"  # chat template: auto (the tokenizer's own) or a name of docs/data.md, such as chatml
+    thinking: Thinking = "mixed"  # replies with <think> and without; always: each has it; never: left out, and prompts say so
 
 
 @dataclass
@@ -75,7 +76,7 @@ def build_text(cfg: TokenizerConfig | TextTokenizerConfig, model_path: str | Non
         fix = "give a folder that has one; scripts/train_tokenizer.py makes one from your own text"
         raise ConfigError(Problem("tokenizer.path", "nothing, and no model.path", "a folder with a tokenizer", fix))
     tokenizer = load_tokenizer(Path(cfg.path or model_path or ""))
-    return Text(tokenizer, build_template(cfg.template, tokenizer) if isinstance(cfg, TokenizerConfig) else None)
+    return Text(tokenizer, build_template(cfg.template, tokenizer, thinking=cfg.thinking) if isinstance(cfg, TokenizerConfig) else None)
 
 
 def check_vocabulary(spec: ModelSpec, text: Text) -> Iterator[Problem]:

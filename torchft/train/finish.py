@@ -119,8 +119,9 @@ def export_hf(cfg, job: Job, folder: Path, *, card: str = "") -> None:
     tokenizer = job.text.tokenizer
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     assets = Assets({key: id for key, id in ids.items() if id is not None} | model.config, model.generation, files)
-    if job.text.template is not None and job.text.template.name != "auto":
-        assets = assets.with_template(job.text.template.source)
+    template = job.text.template
+    if template is not None and template.source != tokenizer.chat_template:
+        assets = assets.with_template(template.source, template.stop_ids)
     if card:
         assets = replace(assets, files=assets.files | {"README.md": card.encode()})
     dtype = DTYPES[cfg.export.dtype] if cfg.export.dtype else None

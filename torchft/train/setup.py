@@ -155,7 +155,7 @@ def build_job(cfg, run: Run) -> Job:
     num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
     saved["schedule"] = {**asdict(cfg.schedule), "lr": cfg.optim.lr, "num_steps": num_steps}
     if state is not None:
-        _check_schedule(saved["schedule"], state["schedule"])
+        check_schedule(saved["schedule"], state["schedule"])
     run.begin(spec, parts, num_steps=num_steps, seq_len=cfg.data.seq_len)
     if early_stop.is_over:
         run.end_early(run.step, "as before: no better validate.early_stop.metric")
@@ -214,7 +214,7 @@ def use_local_copies(cfg) -> None:
             section.path = str(local_folder(section.path))
 
 
-def _check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
+def check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
     """A resumed run keeps its learning-rate curve: another one would bend it in the middle, in silence."""
     saved = {**asdict(ScheduleConfig()), **saved}  # a key that came later was at its default then
     changed = {key: (value, saved[key]) for key, value in given.items() if key != "allow_change" and value != saved[key]}
