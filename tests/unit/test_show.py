@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -147,8 +148,9 @@ def test_tools_and_an_added_end_have_roles(tokenizer):
             assert roles[-1] == "template" and ids[-1] == tokenizer.eos_id
 
 
-def test_templates_serve_several_threads(tokenizer):
-    """Chats with calls, encoded by four threads at once, give the ids of one thread, in order."""
+def test_templates_serve_several_threads(tokenizer, monkeypatch):
+    """Chats with calls, encoded by four threads at once, give the ids of one thread, in order; one chat is rendered at a time, since a
+    rendering's steps are counted and capped."""
     chats = [
         [Message("user", f"q{i}"), Message("assistant", "", tool_calls=(ToolCall("f", {"x": i}),)), Message("assistant", f"a{i}")][
             : 2 + i % 2
@@ -159,4 +161,15 @@ def test_templates_serve_several_threads(tokenizer):
     def ids(template, threads: int) -> list[list[int]]:
         return [e.ids.tolist() for e in map_ahead(lambda c: template.encode(c, where="x"), chats, workers=threads, together=1)]
 
-    assert ids(build_template("qwen", tokenizer), 4) == ids(build_template("qwen", tokenizer), 1)
+    template, inside = build_template("qwen", tokenizer), []
+    locate = template._locator.locate
+
+    def watched(*args, **options):
+        inside.append(None)
+        time.sleep(0.001)
+        assert len(inside) == 1
+        inside.pop()
+        return locate(*args, **options)
+
+    monkeypatch.setattr(template._locator, "locate", watched)
+    assert ids(template, 4) == ids(build_template("qwen", tokenizer), 1)

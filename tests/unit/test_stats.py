@@ -21,6 +21,8 @@ def test_source_by_hand():
     assert (stats.total, stats.kept, stats.tokens, stats.trained) == (3, 3, 17, 3 + 6 + 3)
     assert stats.stop_trained == 2 and stats.duplicates == 1 and stats.lengths == {"0%": 4, "5%": 4, "50%": 4, "95%": 9, "100%": 9}
     assert stats.histogram == [(8, 2), (16, 1)]
+    (first,) = source_stats([cache], frozenset({0, 1001}))  # a sample's first token and a prompt's, neither trained
+    assert first.stop_trained == 0
     (none,) = source_stats([cache], frozenset({2000}))
     assert none.stop_trained == 0 and "never learns to stop" in as_text([none], None) and "never" not in as_text([stats], None)
 

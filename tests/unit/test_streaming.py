@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.caches import make_encoded
+from tests.helpers.dist import run_dist
 from tests.helpers.recipe import arguments, rows, train
 from torchft.batch import Batch
+from torchft.data.lines import Lines
 from torchft.data.loader import DataConfig, Loader
 from torchft.data.mixture import MixtureConfig
 from torchft.data.sources import SourceConfig
-from torchft.data.streaming import Lines, VirtualStreams
+from torchft.data.streaming import VirtualStreams
 from torchft.data.types import Encoded
 from torchft.errors import CheckpointError, ConfigError, DataError
 
@@ -125,6 +128,40 @@ def test_every_record_once_a_pass(paths, cuts, streams):
     lines = Lines("x", paths)
     firsts = [[line[0] for line in lines.read(*span)] for span in spans]
     assert sum(map(len, firsts)) == 60 and len({offset for of in firsts for offset in of}) == 60
+
+
+def test_lines_begin_where_asked(tmp_path):
+    """Read from the first byte of a record: that record first; from any byte within one: the next. No blank lines between."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"i": 0}\n{"i": 1}\n{"i": 2}')
+    lines = Lines("x", [str(path)])
+    firsts = [next((json.loads(line)["i"] for _, _, line, _ in lines.read(at, 99)), None) for at in range(26)]
+    assert firsts == [0] + [1] * 9 + [2] * 9 + [None] * 7
+
+
+def test_going_back_and_repeating_a_step(paths):
+    """A loader that has read on goes back to an earlier state, and deals its last step anew in other micro-batches: the same rows."""
+    loader = make_loader(paths)
+    first = [rows_of(loader.next_step()) for _ in range(2)]
+    state = loader.state()
+    later = [rows_of(loader.next_step()) for _ in range(4)]
+    loader.load_state(state)
+    assert [rows_of(loader.next_step()) for _ in range(4)] == later != first
+    assert rows_of(loader.repeat_step(2)) == later[-1] and rows_of(loader.repeat_step(3)) == later[-1]
+
+
+def _states(paths: list[str]) -> dict:
+    loader = make_loader(paths, dp_rank=dist.get_rank(), dp_size=2)
+    for _ in range(3):
+        loader.next_step()
+    return loader.state()
+
+
+def test_a_state_is_put_together_over_the_ranks(paths):
+    """Two processes that read two streams each: equal states, with every stream's place behind its last row, as one process has it."""
+    one, other = run_dist(_states, 2, paths)
+    assert one == other == steps_by_ranks(paths, 3)[1]
+    assert sum(place["rows"] for place in one["streams"]) == one["pack"] == 18
 
 
 def test_cut_rows_are_full_and_predict_each_token(paths):

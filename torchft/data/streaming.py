@@ -10,10 +10,8 @@ knows the places of the streams it reads; a state puts together the furthest of 
 
 import hashlib
 import json
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from torchft import dist
 from torchft.batch import SampleId
 from torchft.data.cache import Counts, Encode, Truncate, keep
 from torchft.data.files import BOM
+from torchft.data.lines import Lines
 from torchft.data.order import Cursor, Place
 from torchft.data.packing import cut, permute, plan_window
 from torchft.data.prefetch import map_ahead
@@ -29,48 +28,10 @@ from torchft.data.types import Encoded
 from torchft.errors import ConfigError, DataError, Problem
 
 VERSION = 1  # of the order
-STREAMED = (".jsonl", ".ndjson")
-MAX_LINE = 2**27  # bytes of a record
-EDGE = 2**16  # bytes at each end of a file that name its content
 JUDGED = 1000  # records after which the share of the dropped ones is judged
 
 
 Row = tuple[list[Encoded], list[SampleId]]  # what stands in a row, and whose it is
-
-
-class Lines:
-    """The bytes of several files as one space, read line by line from anywhere."""
-
-    def __init__(self, name: str, paths: Sequence[str]):
-        strange = [path for path in paths if Path(path).suffix not in STREAMED]
-        if strange:
-            fix = "give .jsonl files, or set data.streaming=false, which reads all formats"
-            raise DataError(f"{strange[0]}: given a file that is not JSON Lines, expected .jsonl with data.streaming=true: {fix}")
-        self.name, self.paths = name, list(paths)
-        self.starts = np.cumsum([0, *(Path(path).stat().st_size for path in paths)]).tolist()
-        self.size = self.starts[-1]
-        self.hash = hashlib.sha256(b"".join(map(_edges, self.paths))).hexdigest()
-
-    def locate(self, offset: int) -> tuple[int, int]:
-        """(file, byte in it) of a byte."""
-        file = bisect_right(self.starts, offset) - 1
-        return file, offset - self.starts[file]
-
-    def read(self, begin: int, end: int) -> Iterator[tuple[int, int, bytes, str]]:
-        """(first byte, byte behind it, line, "file: byte N") of each line that is not blank and begins in begin..end."""
-        while begin < min(end, self.size):
-            number, at = self.locate(begin)
-            with open(self.paths[number], "rb") as file:
-                if at:
-                    file.seek(at - 1)
-                    file.readline()  # the rest of the line before, often its line break alone
-                while (at := file.tell()) + self.starts[number] < end and (line := file.readline(MAX_LINE + 1)):
-                    where = f"{self.paths[number]}: byte {at}"
-                    if len(line) > MAX_LINE:
-                        raise DataError(f"{where}: a line of more than {MAX_LINE} bytes: split this record, or remove it")
-                    if line.strip():
-                        yield self.starts[number] + at, self.starts[number] + file.tell(), line, where
-            begin = self.starts[number + 1]
 
 
 class Stream:
@@ -294,12 +255,3 @@ def _parse(line: bytes, where: str) -> dict:
     if not isinstance(record, dict):
         raise DataError(f"{where}: given {type(record).__name__}, expected a JSON object on every line")
     return record
-
-
-def _edges(path: str) -> bytes:
-    """A file's size and ends: what can be told of its content without reading it."""
-    with open(path, "rb") as file:
-        head = file.read(EDGE)
-        size = file.seek(0, 2)
-        file.seek(max(0, size - EDGE))
-        return str(size).encode() + head + file.read(EDGE)

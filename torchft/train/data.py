@@ -18,10 +18,11 @@ from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
 from torchft.data.files import find_files
 from torchft.data.holdout import held_out_names, hold_out
+from torchft.data.lines import STREAMED, Lines
 from torchft.data.loader import DataConfig, Loader, evaluation_steps
 from torchft.data.mixture import build_mixture
 from torchft.data.sources import SourceConfig, mapping_of, open_records, resolve
-from torchft.data.streaming import STREAMED, Lines, VirtualStreams
+from torchft.data.streaming import VirtualStreams
 from torchft.data.templates import Template, Thinking, build_template
 from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
 from torchft.data.tokenize import all_roles, encode_all, encode_record
