@@ -140,6 +140,33 @@ def test_threads_change_no_byte(tmp_path, threads):
         build(tmp_path / "bad", records, encode=bad, threads=threads)
 
 
+def test_batches_change_nothing(tmp_path):
+    """Encoded many at a time: the same arrays; a batch with a bad record is taken one by one, so that record is named, and the
+    others of its batch are kept where bad ones may be left out."""
+    sizes = []
+
+    def one(record: dict, where: str) -> Encoded:
+        if record["n"] == 13:
+            raise DataError(f"{where}: thirteen")
+        return encode(record, where)
+
+    def many(rows: list[tuple[dict, str]]) -> list[Encoded]:
+        sizes.append(len(rows))
+        return [one(*row) for row in rows]
+
+    rows = [{"n": 3 + i % 9, "first": 10 * i} for i in range(150)]
+    plain, _ = build(tmp_path / "plain", ListRecords(rows))
+    batched, _ = build(tmp_path / "batched", ListRecords(rows), encode_batch=many, threads=2)
+    assert plain.hash == batched.hash and sorted(sizes) == [22, 64, 64]
+    rows[70] = {"n": 13}
+    with pytest.raises(DataError, match="rows.jsonl:71: thirteen"):
+        build(tmp_path / "bad", ListRecords(rows), encode=one, encode_batch=many)
+    records = ListRecords(rows)
+    records.read = lambda lo, hi, note=None: ListRecords.read(records, lo, hi)
+    kept, _ = build(tmp_path / "left out", records, encode=one, encode_batch=many, max_bad_records=1)
+    assert kept.counts.bad == 1 and kept.indices.tolist() == [*range(70), *range(71, 150)]
+
+
 def test_threads_read_a_little_ahead():
     """However many records there are, only a bounded number has been read before the first is used."""
     taken = []

@@ -18,7 +18,8 @@ import uuid
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ import numpy as np
 
 import torchft
 from torchft import dist
-from torchft.data.prefetch import map_ahead
+from torchft.data.prefetch import groups, map_ahead
 from torchft.data.shared_build import Beat, SharedBuild, is_whole
 from torchft.data.types import Encoded
 from torchft.errors import DataError
@@ -34,6 +35,7 @@ from torchft.errors import DataError
 VERSION = 2  # of the folder's layout
 SHOWN_BAD = 5  # broken records named in the summary
 FILES = ("ids", "weights", "offsets", "indices")
+BATCH = 64  # records encoded at once
 CHUNK = 2**22  # entries copied at once when parts are joined
 
 
@@ -50,6 +52,7 @@ class Records(Protocol):
 
 
 Encode = Callable[[dict, str], Encoded | tuple[Encoded, ...] | None]  # a tuple: a unit; None: nothing to train on
+EncodeBatch = Callable[[list[tuple[dict, str]]], list[Encoded | None]]  # the same of several (record, where), faster
 Row = tuple[int, Encoded | tuple[Encoded, ...] | DataError | None, str]  # record number, what it became, "file:line"
 Truncate = Callable[[Encoded, str], Encoded | None]  # to data.seq_len by data.truncation; None: dropped
 
@@ -158,6 +161,7 @@ def build_cache(
     encode: Encode,
     key: CacheKey,
     *,
+    encode_batch: EncodeBatch | None = None,
     truncate: Truncate | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -170,6 +174,7 @@ def build_cache(
 ) -> TokenCache:
     """The cache of `records` under `folder`, tokenised by all ranks unless it is there already. Call it on every rank.
 
+    encode_batch: what `encode` does, of several records; used where it is given, one by one again where it fails.
     run: a word shared by this run's ranks and by no other run; None: rank 0 of the process group makes one up.
     max_dropped_share: an error if a larger share of the samples was dropped. max_bad_records: so many that can't be read are left out
     and counted; one more is an error, the first one's. timeout_s: an error after so long without progress on any rank. threads: that
@@ -184,8 +189,9 @@ def build_cache(
         lo, hi = n * rank // world_size, n * (rank + 1) // world_size
         label = f"tokenising {records.name}"
         build = SharedBuild(final, run, label=label, total=n, rank=rank, world_size=world_size, timeout_s=timeout_s, report=tell)
+        encoded = partial(_encoded, encode=encode, encode_batch=encode_batch, threads=threads)
         build.run(
-            lambda part, beat: _write_part(part, records, (lo, hi), encode, truncate, max_bad_records, threads, beat),
+            lambda part, beat: _write_part(part, records, (lo, hi), encoded, truncate, max_bad_records, beat),
             lambda parts, out, beat: _join_parts(parts, out, records.name, key, beat),
         )
     cache = open_cache(final)
@@ -215,14 +221,36 @@ def open_cache(folder: Path) -> TokenCache:
         raise DataError(f"{folder}: damaged cache ({error}): delete this folder, it is built again from the source") from error
 
 
+def _encoded(rows: Iterator[tuple[int, dict, str]], *, encode: Encode, encode_batch: EncodeBatch | None, threads: int) -> Iterator[Row]:
+    """Each record as what it became, or as the error it is."""
+
+    def one(row: tuple[int, dict, str]) -> Row:
+        index, record, where = row
+        try:
+            return index, encode(record, where), where
+        except DataError as error:
+            return index, error, where
+
+    def batch(group: list[tuple[int, dict, str]]) -> list[Row]:
+        try:
+            made = encode_batch([(record, where) for _, record, where in group])  # type: ignore[misc]
+        except DataError:  # of which record?
+            return list(map(one, group))
+        return [(index, encoded, where) for (index, _, where), encoded in zip(group, made, strict=True)]
+
+    if encode_batch is None:
+        yield from map_ahead(one, rows, workers=threads)
+    else:
+        yield from chain.from_iterable(map_ahead(batch, groups(rows, BATCH), workers=threads, together=1))
+
+
 def _write_part(
     part: Path,
     records: Records,
     slice_: tuple[int, int],
-    encode: Encode,
+    encoded: Callable[[Iterator[tuple[int, dict, str]]], Iterator[Row]],
     truncate: Truncate | None,
     max_bad_records: int,
-    threads: int,
     beat: Beat,
 ) -> None:
     """Tokenises a slice into raw arrays: a part is read back by this run alone."""
@@ -234,16 +262,9 @@ def _write_part(
         if counts.bad > max_bad_records:
             raise DataError(bad[0] + _limit_of_bad(max_bad_records)) from error
 
-    def encoded(row: tuple[int, dict, str]) -> Row:
-        index, record, where = row
-        try:
-            return index, encode(record, where), where
-        except DataError as error:
-            return index, error, where
-
     rows = records.read(*slice_, note) if max_bad_records else records.read(*slice_)
     with open(part / "ids", "wb") as ids, open(part / "weights", "wb") as weights:
-        for index, made, where in map_ahead(encoded, rows, workers=threads):
+        for index, made, where in encoded(rows):
             beat(counts.total)
             if isinstance(made, DataError):
                 note(made)

@@ -25,11 +25,11 @@ def map_ahead(make: Callable[[Plan], Result], items: Iterable[Plan], *, workers:
     if workers <= 1:
         yield from map(make, items)
         return
-    groups = _groups(items, together)
+    parts = groups(items, together)
     with ThreadPoolExecutor(workers, thread_name_prefix="map") as pool:
 
         def start() -> Iterator[Future[list[Result]]]:
-            for group in groups:
+            for group in parts:
                 yield pool.submit(lambda group=group: [make(item) for item in group])
 
         started = start()
@@ -43,7 +43,7 @@ def map_ahead(make: Callable[[Plan], Result], items: Iterable[Plan], *, workers:
             pool.shutdown(cancel_futures=True)
 
 
-def _groups(items: Iterable[Plan], size: int) -> Iterator[list[Plan]]:
+def groups(items: Iterable[Plan], size: int) -> Iterator[list[Plan]]:
     """The items, `size` at a time."""
     rest = iter(items)
     while group := list(islice(rest, size)):
