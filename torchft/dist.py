@@ -147,7 +147,9 @@ def wait_for_rank_0(call: Callable[[], None]) -> None:
     if world_size() == 1:
         call()
         return
-    store, key = default_store(), "torchft/rank_0_is_through"
+    store = default_store()
+    turn = store.add(f"torchft/waits_of/{rank()}", 1)  # every rank counts its own calls, so that each has a key of its own
+    key = f"torchft/rank_0_is_through/{turn}"
     if rank() == 0:
         try:
             call()

@@ -35,6 +35,21 @@ def test_the_others_wait_beyond_the_time_limit(fails):
     assert first >= 2.4 and second >= 2.4 and (said, other) == ("no room" if fails else "", "")
 
 
+def _twice() -> list[float]:
+    waited = []
+    for seconds in (0.1, 2.5):
+        began = time.monotonic()
+        wait_for_rank_0(lambda seconds=seconds: time.sleep(seconds))
+        waited.append(time.monotonic() - began)
+    return waited
+
+
+def test_every_call_waits():
+    """A second call does not take the first one's end for its own."""
+    for waited in run_dist(_twice, 2):
+        assert waited[1] >= 2.0
+
+
 def test_one_process_just_works():
     """Without a group the work is done, and its error comes through."""
     done = []

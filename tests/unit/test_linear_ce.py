@@ -86,6 +86,19 @@ def test_without_grad_no_gradient_is_made(monkeypatch):
     assert_close([loss], [plain_loss(h @ w.t() + bias, labels, weights, 0, 0, 1)])
 
 
+@pytest.mark.parametrize("softcap,scale", [(None, 1.0), (3.0, 0.5)])
+def test_bf16_gradients_are_the_exact_ones_rounded(softcap, scale):
+    """Loss and every gradient in bf16 are those of fp64 on the same numbers, to bf16's rounding."""
+    *leaves, labels, weights = inputs(dtype=torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+
+    def run(h, w, bias):
+        loss = linear_ce(h, LinearProjection(w, bias, softcap=softcap, scale=scale), labels, weights)
+        return [loss, *grads(loss, h, w, bias)]
+
+    assert_close(run(*leaves), run(*exact), rel=2e-2)
+
+
 def test_bf16_weight_gradient_is_as_good_as_unchunked(monkeypatch):
     """The error of dW summed over 60 chunks is no larger than that of one bf16 matmul over all rows."""
     n, d, v = 600, 16, 64
