@@ -184,3 +184,11 @@ def test_every_make_target_creates_the_environment_first(tmp_path, target, comma
     steps = ["-m venv", "-c constraints.txt torch", "-c constraints.txt -e '.[dev]'", command]
     positions = [plan.index(step) for step in steps]
     assert positions == sorted(positions)
+
+
+def test_every_test_file_is_collected():
+    """`make test` sees each tests/**/test_*.py, tests/dist too, which pytest's own list of ignored folders would leave out."""
+    listed = run(sys.executable, "-m", "pytest", "--collect-only", "-q").stdout.splitlines()
+    collected = {line.split("::")[0] for line in listed if "::" in line}
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert files <= collected, sorted(files - collected)
