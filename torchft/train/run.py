@@ -221,7 +221,7 @@ class Run:
                 problem = (
                     str(error)
                     if isinstance(error, TorchftError)
-                    else f"{error}\n  expected: a folder to write in\n  fix:      choose another"
+                    else f"{error}\n  expected: a folder to write in\n  fix:      set output_dir to another"
                 )
         problem = dist.broadcast_object(problem)
         if problem:
