@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchft import __version__
 from torchft.checkpoint import state as states
-from torchft.checkpoint.agreement import agreed, on_rank_0, over_ranks
 from torchft.checkpoint.folder import BEST, LATEST, Best, CheckpointFolder, step_name, step_of
 from torchft.checkpoint.load import load_training, newest_good, raise_if_damaged
 from torchft.checkpoint.manifest import (
@@ -38,8 +38,8 @@ from torchft.checkpoint.manifest import (
 )
 from torchft.checkpoint.reader import INDEX, save_tensors
 from torchft.checkpoint.state import HasParameters
-from torchft.dist import environment, rank, world_size
-from torchft.errors import CheckpointError, ConfigError, Problem
+from torchft.dist import agreed, environment, on_rank_0, over_ranks, rank, world_size
+from torchft.errors import CheckpointError, ConfigError, NumericError, Problem
 from torchft.faults import fire
 from torchft.log import get_logger
 
@@ -77,6 +77,22 @@ class CheckpointConfig:
             yield Problem("checkpoint.load", self.load, "the path of a checkpoint or of a run folder", "check the path")
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a save took: seconds that training stood still, seconds until the checkpoint was there, bytes over all ranks."""
+
+    step: int
+    path: Path
+    blocked_s: float
+    total_s: float
+    num_bytes: int = 0
+    problem: str = ""  # why it failed, if it did
+
+    @property
+    def mb_per_s(self) -> float:
+        return self.num_bytes / 1e6 / max(self.total_s, 1e-9)
+
+
 class Store:
     """A run's checkpoints: `resume()` once at the start, then `save_if_due(step)` after every step, on all ranks.
 
@@ -95,6 +111,7 @@ class Store:
         config_hash: str = "",
         mesh: Mapping[str, int] | None = None,
         base: dict[str, str] | None = None,
+        on_saved: Callable[[Saved], None] = lambda saved: None,
     ):
         frozen = {name for name, _ in parts.named_parameters()} - parts.trainable
         if frozen and base is None:
@@ -102,6 +119,7 @@ class Store:
         self.folder = CheckpointFolder(Path(folder))
         self.parts, self.optimizer, self.cfg = parts, optimizer, cfg
         self.extra_state, self.config_hash, self.mesh, self.base = extra_state, config_hash, dict(mesh or {}), base
+        self.on_saved = on_saved
         self._initial_options = states.group_options(optimizer)
         self._parent: str | None = cfg.load
         self._at: int | None = None  # the step whose checkpoint in this folder is this run's state
@@ -127,12 +145,16 @@ class Store:
         try:
             size = self._write(temp, final, step)
         except CheckpointError as error:
+            took = time.monotonic() - start
+            self.on_saved(Saved(step, final, took, took, problem=str(error)))
             self._give_up(temp, error, required=required)
             return None
         self._at, self._failures, self._parent = step, 0, final.name
         self._settle(step)
+        took = time.monotonic() - start
         if rank() == 0:
-            logger.info("saved %s: %.2f GiB in %.1f s", final, size / 2**30, time.monotonic() - start)
+            logger.info("saved %s: %.2f GiB in %.1f s", final, size / 2**30, took)
+        self.on_saved(Saved(step, final, took, took, size))
         return final
 
     def note_metric(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -175,6 +197,7 @@ class Store:
     def _write(self, temp: Path, final: Path, step: int) -> int:
         """The protocol up to the rename; the checkpoint's size in bytes. Raises CheckpointError on all ranks, at whatever went wrong."""
         tensors, description, extra = agreed(self._collect)
+        _raise_if_not_finite(tensors, step)
         infos = {part: states.merge(over_ranks(states.tensor_infos(tensors[part]))) for part in PARTS}
         state = {**extra, **self._own_state(states.merge_descriptions(over_ranks(description))), "step": step}
         on_rank_0(lambda: _begin(temp, infos))
@@ -272,6 +295,24 @@ class Store:
 
     def _fire(self, point: str, step: int) -> None:
         agreed(lambda: fire(point, step=step))
+
+
+def _raise_if_not_finite(tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    """NumericError on all ranks if a number of any is not finite: what can't be trained on is never the latest checkpoint."""
+    bad = next((f"rank {rank()}: {part} {key}" for part in PARTS for key, tensor in tensors[part].items() if not _is_finite(tensor)), "")
+    found = [text for text in over_ranks(bad) if text]
+    if found:
+        raise NumericError(
+            f"the state after step {step} is not finite and is not saved\n  given:    {'; '.join(found[:4])}\n  expected: finite "
+            "numbers in all of it\n  fix:      lower optim.lr; the latest checkpoint is from before: the same command goes on from it"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not local.is_floating_point() or not local.numel():
+        return True
+    return all(math.isfinite(bound.item()) for bound in torch.aminmax(local))  # one pass, no copy; a NaN comes through
 
 
 def _begin(temp: Path, infos: Mapping[str, Mapping[str, TensorInfo]]) -> None:
