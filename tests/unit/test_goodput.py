@@ -64,13 +64,13 @@ def attempt(folder: Path, resumed: int, died_at: int, ended_by: str) -> None:
         ([], 0),
         ([(0, 3, "RankLost")], 1),
         ([(0, 3, "RankLost"), (0, 3, "RankLost"), (0, 3, "RankLost")], 3),
-        ([(0, 3, "RankLost"), (2, 3, "RankLost"), (2, 3, "RankLost")], 2),  # the first went on from elsewhere
+        ([(0, 3, "RankLost"), (2, 3, "RankLost"), (2, 3, "RankLost")], 3),  # wherever they went on from
         ([(2, 3, "RankLost"), (2, 4, "RankLost"), (2, 3, "RankLost")], 1),
         ([(2, 3, "OutOfMemory"), (2, 3, "OutOfMemory"), (2, 3, "RankLost")], 1),
     ],
 )
 def test_same_deaths_by_hand(attempts, want, tmp_path):
-    """Only attempts in a row, from the same step, to the same step, of the same error."""
+    """Only attempts in a row, that died at the same step of the same error."""
     for each in attempts:
         attempt(tmp_path, *each)
     assert history.read(tmp_path).same_deaths() == want

@@ -28,7 +28,7 @@ class Earlier:
     last_step: int = 0  # that has a row
     last_time: float = 0.0  # of that row
     ended_by: str = ""  # the kind of error that exit.json names; "" if nobody could write one
-    deaths: tuple[tuple[int, int, str], ...] = ()  # of each earlier attempt: the step it went on from, the last it made, its error
+    deaths: tuple[tuple[int, str], ...] = ()  # of each earlier attempt: the last step it made, and what ended it
     goodput: dict[str, Any] | None = None
 
     def same_deaths(self) -> int:
@@ -49,8 +49,9 @@ def read(folder: Path) -> Earlier:
         rows, events = [], []
     last = rows[-1] if rows else {"step": 0, "time": 0.0}
     ended_by = str(_json(folder / MARKER).get("reason", "")).partition(":")[0]
-    ends = [(event.get("died_at", 0), event.get("ended_by", "")) for event in events[1:]] + [(last["step"], ended_by)]
-    deaths = tuple((event.get("step", 0), *end) for event, end in zip(events, ends))
+    deaths = tuple((event.get("died_at", 0), event.get("ended_by", "")) for event in events[1:]) + ((last["step"], ended_by),) * bool(
+        events
+    )
     started = None if "outcome" in facts else facts.get("started")
     return Earlier(started, last["step"], last["time"], ended_by, deaths, _json(folder / GOODPUT) or None)
 

@@ -22,8 +22,8 @@ import torch
 from torch.optim import Optimizer
 
 from torchft import dist, log
+from torchft.checkpoint.background import Saved
 from torchft.checkpoint.hf import weight_shapes
-from torchft.checkpoint.store import Saved
 from torchft.config.problems import redact_text
 from torchft.config.show import config_dict
 from torchft.errors import NumericError, TorchftError

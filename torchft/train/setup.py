@@ -158,6 +158,7 @@ def build_job(cfg, run: Run) -> Job:
         base=base_of(cfg),
         on_saved=run.note_save,
     )
+    run.at_end(store.wait)
     state = _resume(cfg, spec, store)
     if state is not None:
         loader.load_state(state["loader"])
