@@ -6,7 +6,7 @@ after that.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,16 @@ Source = SourceConfig | TextConfig
 
 
 @dataclass
-class TokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
-    template: str = "auto"  # chat template: auto (the tokenizer's own) or a name of docs/data.md, such as chatml
-    thinking: Thinking = "mixed"  # replies with <think> and without; always: each has it; never: left out, and prompts say so
+class TextTokenizerConfig:
+    path: str | None = None  # folder with a tokenizer (docs/tokenizers.md), its file, or a hub id; null: model.path
+    add_tokens: list[str] = field(default_factory=list)  # new tokens that are matched whole in any text, such as <note>
+    add_special_tokens: list[str] = field(default_factory=list)  # new tokens that no text becomes, such as <|tool|>
 
 
 @dataclass
-class TextTokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
+class TokenizerConfig(TextTokenizerConfig):
+    template: str = "auto"  # chat template: auto (the tokenizer's own) or a name of docs/data.md, such as chatml
+    thinking: Thinking = "mixed"  # replies with <think> and without; always: each has it; never: left out, and prompts say so
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,20 @@ def build_text(cfg: TokenizerConfig | TextTokenizerConfig, model_path: str | Non
     if not (cfg.path or model_path):
         fix = "give a folder that has one; scripts/train_tokenizer.py makes one from your own text"
         raise ConfigError(Problem("tokenizer.path", "nothing, and no model.path", "a folder with a tokenizer", fix))
-    tokenizer = load_tokenizer(Path(cfg.path or model_path or ""))
+    new = {"add_tokens": cfg.add_tokens, "add_special_tokens": cfg.add_special_tokens}
+    tokenizer = load_tokenizer(Path(cfg.path or model_path or ""), **new)
     return Text(tokenizer, build_template(cfg.template, tokenizer, thinking=cfg.thinking) if isinstance(cfg, TokenizerConfig) else None)
 
 
-def check_vocabulary(spec: ModelSpec, text: Text) -> Iterator[Problem]:
+def check_vocabulary(spec: ModelSpec, text: Text, cfg: TextTokenizerConfig) -> Iterator[Problem]:
     """A model from scratch or a continued one needs a row for each token of documents; chat models may name tokens they never use."""
     size = text.tokenizer.vocab_size
-    if text.template is None and size > spec.vocab_size:
+    if size <= spec.num_tokens:
+        return
+    if cfg.add_tokens or cfg.add_special_tokens:
+        fix = f"set model.vocab.size={size}, which makes rows for the new tokens"
+        yield Problem("model.vocab.size", str(spec.num_tokens), f"at least the {size} tokens of tokenizer.path and the added ones", fix)
+    elif text.template is None:
         fix = f"set model.spec.vocab_size={-(-size // 64) * 64}, or take the model's own tokenizer"
         yield Problem("model.spec.vocab_size", str(spec.vocab_size), f"at least the tokenizer's {size} tokens", fix)
 
