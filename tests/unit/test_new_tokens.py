@@ -107,3 +107,14 @@ def test_texts_that_can_be_no_token(tmp_path, tokens):
     """Twice the same, empty, white space at an end."""
     with pytest.raises(DataError, match="expected: texts like"):
         load_tokenizer(make_hf_tokenizer(tmp_path), add_tokens=tokens)
+
+
+def test_sentencepiece_itself_makes_no_new_special_token(tmp_path):
+    """In the exported model the special token is a control piece and the word a user-defined one, for any program that reads it."""
+    from sentencepiece import SentencePieceProcessor
+
+    grown = load_tokenizer(make_sp_tokenizer(tmp_path), **NEW)
+    model = SentencePieceProcessor(model_proto=grown.to_files()["tokenizer.model"])
+    tool, note = grown.special_tokens["<|tool|>"], grown.added_words["<note>"]
+    assert model.is_control(tool) and model.id_to_piece(note) == "<note>"
+    assert tool not in model.encode("x<|tool|>y") and note in model.encode("x<note>y")
