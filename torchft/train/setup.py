@@ -35,9 +35,9 @@ from torchft.parallel.pp import build_stages
 from torchft.train.checks import check_job
 from torchft.train.data import (
     Rows,
-    build_caches,
     build_loader,
     build_text,
+    build_tokens,
     check_prompts,
     check_vocabulary,
     data_facts,
@@ -130,11 +130,10 @@ def build_job(cfg, run: Run) -> Job:
     _raise_if_any(check_job(cfg, spec, mesh))
     text = build_text(cfg.tokenizer, cfg.model.path)
     _raise_if_any(itertools.chain(check_vocabulary(spec, text, cfg.tokenizer), check_prompts(cfg.validate.prompts, spec, text)))
-    train = build_caches(cfg.data.train, text, cfg.data, world)
-    validation = dict(zip(cfg.data.validation, build_caches(cfg.data.validation.values(), text, cfg.data, world), strict=True))
-    run.record(data=data_facts(train, validation))
+    tokens = build_tokens(cfg.data, text, world)
+    run.record(data=data_facts(tokens.train, tokens.validation))
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
-    loader = build_loader(train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
+    loader = build_loader(tokens.train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps or loader.num_steps(cfg.train.epochs))  # raises if it does not fit
     parts = build_parts(cfg, spec, mesh)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
@@ -174,7 +173,7 @@ def build_job(cfg, run: Run) -> Job:
         store=store,
         rows=replace(rows, micro_batch_size=cfg.validate.micro_batch_size or rows.micro_batch_size),
         data=cfg.data,
-        validation=validation,
+        validation=tokens.validation,
         num_steps=num_steps,
         early_stop=early_stop,
         scaler=scaler,
