@@ -85,6 +85,7 @@ class HfTokenizer:
         self._prefixes_sections = after_cut.startswith(("▁", "Ġ"))  # Llama's old way: a space before each stretch of text
 
     def encode(self, text: str) -> list[int]:
+        check_whole([text])
         ids = self._tok.encode(text, add_special_tokens=False).ids  # without offsets, which cost as much as the encoding
         found = np.array(ids, np.int32)
         if (self._is_special[found] | self._is_separator[found]).any():
