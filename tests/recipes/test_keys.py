@@ -25,6 +25,8 @@ ELSEWHERE = {
     "plugins": ("tests/unit/test_config.py", "plugins"),  # config/load.py imports them
     "checkpoint.best_mode": ("tests/unit/test_store.py", "best_mode"),
     "checkpoint.overwrite": ("tests/unit/test_store.py", "overwrite"),
+    "checkpoint.max_failures": ("tests/faults/test_async_save.py", "max_failures=2"),
+    "train.spike.window": ("tests/faults/test_numbers.py", "window=8"),
     "schedule.allow_change": ("tests/recipes/test_full_finetune.py", "allow_change"),
     "train.nonfinite.action": ("tests/dist/test_data_parallel.py", 'NonFinite(action="skip")'),
     "train.nonfinite.max_in_row": ("tests/recipes/test_options.py", "max_in_row=2"),

@@ -35,11 +35,14 @@ class MetricsConfig:
     project: str = "torchft"  # project (MLflow: experiment) of the run at wandb, mlflow and swanlab
     level: Literal["debug", "info", "warning", "error"] = "info"  # least severe message on stderr; other ranks say warnings and errors
     peak_tflops: float | None = None  # a device's dense peak in TFLOP/s, for MFU; null: from a table by the device's name, CPU none
+    ranks_every_steps: int = 100  # compare the ranks' own times every so many steps and name a slow one; 0: never
     profile: ProfileConfig = field(default_factory=ProfileConfig)  # a window of steps under torch's profiler
 
     def check(self) -> Iterator[Problem]:
         if self.every_steps < 1:
             yield Problem("metrics.every_steps", str(self.every_steps), "at least 1", "use 1 to log every step")
+        if self.ranks_every_steps < 0:
+            yield Problem("metrics.ranks_every_steps", str(self.ranks_every_steps), "0 or more", "use 0 for never")
         for name in self.sinks:
             if name not in SINKS and name not in TRACKERS:
                 yield Problem("metrics.sinks", name, f"any of {', '.join([*SINKS, *TRACKERS])}", "correct the name, or remove it")

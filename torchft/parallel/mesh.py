@@ -45,6 +45,7 @@ class ParallelConfig:
     sequence_parallel: bool = True  # under tp, shard the tokens between blocks (memory); the numbers are the same
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)  # options of FSDP2
     timeout_s: float = 600.0  # a collective that takes longer ends the run
+    step_timeout_s: float = 300.0  # the same in a training step after the first, where all ranks should keep pace
 
     def check(self) -> Iterator[Problem]:
         for axis in AXES:
@@ -53,8 +54,9 @@ class ParallelConfig:
                 yield Problem(f"parallel.{axis}", str(degree), "a whole number >= 1", "use 1 to switch the axis off")
         if self.cp != 1:
             yield Problem("parallel.cp", str(self.cp), "1: context parallelism is not built yet", "use parallel.tp or shorter sequences")
-        if self.timeout_s <= 0:
-            yield Problem("parallel.timeout_s", str(self.timeout_s), "seconds > 0", "use 600")
+        for key, usual in (("timeout_s", 600), ("step_timeout_s", 300)):
+            if getattr(self, key) <= 0:
+                yield Problem(f"parallel.{key}", str(getattr(self, key)), "seconds > 0", f"use {usual}")
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,15 @@ def build_mesh(degrees: dict[str, int], device: torch.device, *, mixed: bool = F
         fsdp = join_meshes([root["dp_replicate"], fsdp])
     mesh = Mesh(degrees, device, root, fsdp, flatten_mesh(root["dp_replicate", "dp_shard"], "dp"))
     if timeout_s is not None:
-        for part in (*(root[axis] for axis in AXES), flatten_mesh(root["dp_shard", "cp"], "fsdp"), mesh.dp):
-            set_timeout(part.get_group(), timeout_s)
+        limit_time(mesh, timeout_s)
     return mesh
+
+
+def limit_time(mesh: Mesh, timeout_s: float) -> None:
+    """How long a collective of any axis, or of the default group, may take from here on."""
+    root = mesh.device_mesh
+    if root is None:
+        return
+    set_timeout(torch.distributed.group.WORLD, timeout_s)
+    for part in (*(root[axis] for axis in AXES), flatten_mesh(root["dp_shard", "cp"], "fsdp"), mesh.dp):
+        set_timeout(part.get_group(), timeout_s)
