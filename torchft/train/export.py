@@ -14,6 +14,7 @@ import torch
 from torchft.checkpoint.folder import step_of
 from torchft.checkpoint.gguf_out import Kind, write_gguf
 from torchft.checkpoint.hf import save_hf
+from torchft.checkpoint.listing import checkpoint_at
 from torchft.checkpoint.manifest import MANIFEST, sync_folder
 from torchft.checkpoint.source import ModelSource, open_source
 from torchft.data.ollama import modelfile
@@ -21,7 +22,7 @@ from torchft.data.templates import build_template
 from torchft.errors import CheckpointError, DataError
 from torchft.tokenizers.load import tokenizer_of
 from torchft.train.card import model_card
-from torchft.train.record import checkpoint_at, read_run
+from torchft.train.record import read_run
 
 
 def open_export(path: Path, step: str, *, base: Path | None = None, files: str = "safetensors") -> tuple[ModelSource, str]:
