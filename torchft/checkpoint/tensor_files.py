@@ -55,7 +55,7 @@ def open_tensors(folder: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{folder} holds both {SINGLE} and {INDEX}\n  fix: delete the one that is left over from an older save")
     if not index.is_file():
         _check_single(folder, single)
-        return _open_file(file_in(folder, SINGLE, suffix=".safetensors", source=str(folder)))
+        return open_file(file_in(folder, SINGLE, suffix=".safetensors", source=str(folder)))
     weight_map = read_json(index, max_bytes=INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map\n  expected: {{tensor name: file name}}\n  fix: take the file again")
@@ -83,7 +83,7 @@ def _check_single(folder: Path, single: Path) -> None:
 def _open_shards(index: Path, weight_map: Mapping[str, str], paths: Mapping[str, Path]) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for file_name, path in paths.items():
-        found = _open_file(path)
+        found = open_file(path)
         wrong = [name for name in found if weight_map.get(name) != file_name]
         if wrong:
             raise CheckpointError(
@@ -98,7 +98,8 @@ def _open_shards(index: Path, weight_map: Mapping[str, str], paths: Mapping[str,
     return tensors
 
 
-def _open_file(path: Path) -> dict[str, LazyTensor]:
+def open_file(path: Path) -> dict[str, LazyTensor]:
+    """All tensors of one safetensors file. Raises CheckpointError if it is damaged or holds no floats."""
     _check_header(path)
     try:
         file = safe_open(path, framework="pt")
