@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,8 +32,10 @@ from torchft.models.build import FAMILIES
 from torchft.models.decoder import build_decoder
 from torchft.models.keys import map_from_hf, require, stored_as
 from torchft.models.spec import ModelSpec
+from torchft.quant.linear import QuantLinear
 
 COMPARE_BYTES = 64 << 20  # how much of a tied copy is compared at a time
+COPY_BYTES = 16 << 20  # how much of a tensor is read at a time
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,31 @@ class LoadReport:
     dropped: tuple[str, ...] = ()  # names in the source that nobody needs
 
 
-def load_hf(folder: Path | str, spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], *, require_all: bool = True) -> LoadReport:
+def load_hf(
+    folder: Path | str,
+    spec: ModelSpec,
+    parameters: Iterable[tuple[str, Tensor]],
+    *,
+    require_all: bool = True,
+    quantised: Mapping[str, QuantLinear] | None = None,
+) -> LoadReport:
     """Fills `parameters` (our names; plain tensors or DTensors of any placement) from a HF folder, cast to their dtype.
 
     A rank reads only the part it holds; all ranks call it. A tied parameter that a rank holds twice may come twice. With
-    `require_all=False` weights that the folder lacks (a new head) stay as they are and are reported. Raises CheckpointError on every
-    rank, before anything is copied if names, shapes or dtypes don't fit.
+    `require_all=False` weights that the folder lacks (a new head) stay as they are and are reported. quantised: layers by the name of
+    the weight they stand for, which is quantised as it is read; their packed parameters need not be left out of `parameters`. Raises
+    CheckpointError on every rank, before anything is copied if names, shapes or dtypes don't fit.
     """
     weights = agreed(lambda: open_weights(folder, spec, require_all=require_all))
-    parameters = list(parameters)
+    quantised = quantised or {}
+    packed = {f"{name.removesuffix('weight')}{part}" for name, layer in quantised.items() for part in layer.PACKED}
+    parameters = [(name, parameter) for name, parameter in parameters if name not in packed]
     strangers = [name for name, _ in parameters if name not in weights.tensors and name not in weights.missing]
     assert not strangers, f"{strangers[:4]} are no weights of the base model: give load_hf its parameters only"
     here = [(name, parameter) for name, parameter in parameters if name in weights.tensors]
     missing = tuple(name for name, _ in parameters if name in weights.missing)
-    return replace(agreed(lambda: copy_weights(here, weights.tensors)), missing=missing, dropped=weights.dropped)
+    report = agreed(lambda: copy_weights([*here, *quantised.items()], weights.tensors))
+    return replace(report, missing=missing, dropped=weights.dropped)
 
 
 def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = True) -> Weights:
@@ -102,18 +115,37 @@ def check_shapes(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[i
 
 
 @torch.no_grad()
-def copy_weights(parameters: Iterable[tuple[str, Tensor]], tensors: Mapping[str, LazyTensor]) -> LoadReport:
-    """Copies this rank's part of each tensor into the parameter of that name."""
+def copy_weights(targets: Iterable[tuple[str, Tensor | QuantLinear]], tensors: Mapping[str, LazyTensor]) -> LoadReport:
+    """Copies, or quantises, this rank's part of each tensor into the parameter or layer of that name, COPY_BYTES or so at a time."""
     num_bytes, dtypes = 0, Counter()
-    for name, parameter in parameters:
+    for name, target in targets:
         source = tensors[name]
-        assert tuple(parameter.shape) == source.shape, f"{name}: {tuple(parameter.shape)=} {source.shape=}"
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        piece = _read_part(source, [shard_indices(parameter, dim) for dim in range(parameter.ndim)])
-        local.copy_(piece)
-        num_bytes += piece.nbytes
+        if isinstance(target, QuantLinear):
+            target.fill(_row_reader(source))
+            num_bytes += source.num_bytes
+        else:
+            num_bytes += _copy(target, source, name)
         dtypes[str(source.dtype).removeprefix("torch.")] += 1
     return LoadReport(sum(dtypes.values()), num_bytes, dict(dtypes))
+
+
+def _copy(parameter: Tensor, source: LazyTensor, name: str) -> int:
+    """The bytes read."""
+    assert tuple(parameter.shape) == source.shape, f"{name}: {tuple(parameter.shape)=} {source.shape=}"
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    rows, *others = [shard_indices(parameter, dim) for dim in range(parameter.ndim)]
+    rows = torch.arange(source.shape[0]) if rows is None else rows
+    step = max(1, COPY_BYTES * source.shape[0] // max(1, source.num_bytes)) if source.by_parts else max(1, len(rows))
+    num_bytes = 0
+    for lo in range(0, len(rows), step):
+        piece = _read_part(source, [rows[lo : lo + step], *others])
+        local[lo : lo + step].copy_(piece)
+        num_bytes += piece.nbytes
+    return num_bytes
+
+
+def _row_reader(source: LazyTensor) -> Callable[[int, int], Tensor]:
+    return lambda lo, hi: source.read((slice(lo, hi), slice(None)))
 
 
 def _read_part(source: LazyTensor, held: list[Tensor | None]) -> Tensor:

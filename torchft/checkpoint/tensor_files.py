@@ -39,6 +39,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[tuple[slice, ...]], Tensor]
+    by_parts: bool = True  # False: reading a part reads the whole
 
     @property
     def num_bytes(self) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchft.errors import Problem
 from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.init import fill_blocks
-from torchft.peft.select import select_modules
+from torchft.models.select import select_modules
 
 
 @dataclass
