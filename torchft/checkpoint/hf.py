@@ -88,7 +88,14 @@ def load_hf(
 def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = True) -> Weights:
     """The folder's weights by our names, checked against the spec; nothing is read yet but a second copy of a tied embedding."""
     folder = Path(folder)
-    files, rules, shapes = open_tensors(folder), FAMILIES[spec.family].KEYS, weight_shapes(spec)
+    return weights_of(open_tensors(folder), weight_shapes(spec), spec, folder, require_all=require_all)
+
+
+def weights_of(
+    files: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec, folder: Path, *, require_all: bool = True
+) -> Weights:
+    """The weights of these shapes among the tensors of a folder, every one of which must be used."""
+    rules = FAMILIES[spec.family].KEYS
     keys = map_from_hf(rules, files, shapes, where=str(folder))
     if require_all:
         require(keys, rules, where=str(folder))
