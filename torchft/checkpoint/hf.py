@@ -25,6 +25,7 @@ from torchft.checkpoint.agreement import agreed, on_rank_0
 from torchft.checkpoint.assets import Assets, write_assets
 from torchft.checkpoint.fused import join, joined_bytes, part_of
 from torchft.checkpoint.manifest import sync_folder
+from torchft.checkpoint.new_rows import NewRows, grown
 from torchft.checkpoint.tensor_files import LazyTensor, TensorWriter, open_tensors
 from torchft.dist import comm_device, gather_objects, rank, shard_indices
 from torchft.errors import CheckpointError
@@ -32,6 +33,7 @@ from torchft.models.build import FAMILIES
 from torchft.models.decoder import build_decoder
 from torchft.models.keys import map_from_hf, require, stored_as
 from torchft.models.spec import ModelSpec
+from torchft.models.vocabulary import without_padding
 from torchft.quant.linear import QuantLinear
 
 COMPARE_BYTES = 64 << 20  # how much of a tied copy is compared at a time
@@ -64,16 +66,18 @@ def load_hf(
     parameters: Iterable[tuple[str, Tensor]],
     *,
     require_all: bool = True,
+    new_rows: NewRows | None = None,
     quantised: Mapping[str, QuantLinear] | None = None,
 ) -> LoadReport:
     """Fills `parameters` (our names; plain tensors or DTensors of any placement) from a HF folder, cast to their dtype.
 
     A rank reads only the part it holds; all ranks call it. A tied parameter that a rank holds twice may come twice. With
-    `require_all=False` weights that the folder lacks (a new head) stay as they are and are reported. quantised: layers by the name of
-    the weight they stand for, which is quantised as it is read; their packed parameters need not be left out of `parameters`. Raises
-    CheckpointError on every rank, before anything is copied if names, shapes or dtypes don't fit.
+    `require_all=False` weights that the folder lacks (a new head) stay as they are and are reported. new_rows: where the vocabulary of
+    `spec` is larger than the folder's. quantised: layers by the name of the weight they stand for, which is quantised as it is read;
+    their packed parameters need not be left out of `parameters`. Raises CheckpointError on every rank, before anything is copied if
+    names, shapes or dtypes don't fit.
     """
-    weights = agreed(lambda: open_weights(folder, spec, require_all=require_all))
+    weights = agreed(lambda: open_weights(folder, spec, require_all=require_all, new_rows=new_rows))
     quantised = quantised or {}
     packed = {f"{name.removesuffix('weight')}{part}" for name, layer in quantised.items() for part in layer.PACKED}
     parameters = [(name, parameter) for name, parameter in parameters if name not in packed]
@@ -85,17 +89,28 @@ def load_hf(
     return replace(report, missing=missing, dropped=weights.dropped)
 
 
-def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = True) -> Weights:
-    """The folder's weights by our names, checked against the spec; nothing is read yet but a second copy of a tied embedding."""
+def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = True, new_rows: NewRows | None = None) -> Weights:
+    """The folder's weights by our names, checked against the spec; nothing is read yet but a second copy of a tied embedding.
+
+    new_rows: the folder is of `new_rows.base`; what the vocabulary of `spec` has more is made (new_rows.py).
+    """
     folder = Path(folder)
-    return weights_of(open_tensors(folder), weight_shapes(spec), spec, folder, require_all=require_all)
+    return weights_of(open_tensors(folder), weight_shapes(spec), spec, folder, require_all=require_all, new_rows=new_rows)
 
 
 def weights_of(
-    files: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec, folder: Path, *, require_all: bool = True
+    files: Mapping[str, LazyTensor],
+    wanted: Mapping[str, tuple[int, ...]],
+    spec: ModelSpec,
+    folder: Path,
+    *,
+    require_all: bool = True,
+    new_rows: NewRows | None = None,
 ) -> Weights:
-    """The weights of these shapes among the tensors of a folder, every one of which must be used."""
+    """The weights of the shapes `wanted` among the tensors of a folder, every one of which must be used."""
     rules = FAMILIES[spec.family].KEYS
+    stored = weight_shapes(new_rows.base) if new_rows else wanted
+    shapes = {name: stored[name] for name in wanted}
     keys = map_from_hf(rules, files, shapes, where=str(folder))
     if require_all:
         require(keys, rules, where=str(folder))
@@ -103,6 +118,8 @@ def weights_of(
     check_shapes(tensors, shapes, where=str(folder))
     if keys.tied_copy is not None:
         _check_tied(files[keys.tied_copy], tensors["embed_tokens.weight"], folder)
+    if new_rows:
+        tensors = {name: grown(tensor, wanted[name][0], name, new_rows) for name, tensor in tensors.items()}
     dropped = keys.dropped if keys.tied_copy is None else (*keys.dropped, keys.tied_copy)
     return Weights(tensors, keys.missing, dropped)
 
@@ -210,7 +227,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 << 30,
 ) -> None:
-    """Writes a complete HF folder: config.json, generation_config.json, weights, tokenizer files.
+    """Writes a complete HF folder: config.json, generation_config.json, weights, tokenizer files; without padding rows.
 
     All ranks call it, each with the parameters it holds (under pipeline parallelism that is not all of them); only rank 0 writes.
     dtype: of the file; None keeps each parameter's. The folder appears whole or not at all. Raises CheckpointError on every rank if
@@ -219,11 +236,14 @@ def save_hf(
     folder, held = Path(folder), dict(parameters)
     items = _agree_on_items(held, spec, dtype)
     on_rank_0(lambda: _check_free(folder))
-    tensors = (_gather(held.get(item.name), item) for item in items)
+    spec = without_padding(spec)
+    written = [replace(item, shape=shape) for item, shape in zip(items, weight_shapes(spec).values(), strict=True)]
+    gathered = (_gather(held.get(item.name), item) for item in items)
+    tensors = (whole if whole is None else whole[: item.shape[0]] for whole, item in zip(gathered, written))
     failure: Exception | None = None
     if rank() == 0:
         try:
-            _write_folder(folder, spec, assets, items, tensors, shard_bytes)
+            _write_folder(folder, spec, assets, written, tensors, shard_bytes)
         except Exception as error:  # whatever it is, the other ranks wait for it: raised by all below
             failure = error
     for _ in tensors:
