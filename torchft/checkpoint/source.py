@@ -168,7 +168,7 @@ def _trained(folder: Path, name: str, info: Any) -> LazyTensor:
         load_tensors(folder, {name: whole}, alone=True)
         return whole[part]
 
-    return LazyTensor(info.shape, dtype, read)
+    return LazyTensor(info.shape, dtype, read, by_parts=False)
 
 
 def _run_assets(config: dict[str, Any], base: Path | None) -> Assets:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.init import fill_blocks
-from torchft.peft.select import matches, select_modules
+from torchft.models.select import matches, select_modules
 
 
 @dataclass
