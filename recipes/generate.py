@@ -15,13 +15,13 @@ from torchft import log
 from torchft.config.load import load_config
 from torchft.config.show import config_dict
 from torchft.data.prompts import Prompt, PromptsConfig, read_prompts
+from torchft.data.templates import Thinking
 from torchft.dist import environment, init_world
 from torchft.errors import ConfigError, DataError, Problem
 from torchft.generate.generate import Completion, generate
 from torchft.generate.model import LanguageModel, Precision, find_model, open_model
 from torchft.generate.output import SampleFile
 from torchft.generate.sampling import SamplingConfig
-from torchft.train.data import TokenizerConfig
 from torchft.train.run import run_recipe
 
 logger = log.get_logger(__name__)
@@ -30,6 +30,13 @@ logger = log.get_logger(__name__)
 @dataclass
 class ModelConfig:
     path: str  # a HF folder, a run folder (its export or newest checkpoint) or a checkpoint
+
+
+@dataclass
+class TokenizerConfig:
+    path: str | None = None  # folder with a tokenizer, or its file; null: the model's own
+    template: str = "auto"  # chat template: auto (the model's own) or a name of docs/data.md, such as chatml
+    thinking: Thinking = "mixed"  # as in training; never: the prompt says so
 
 
 @dataclass

@@ -131,11 +131,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's rows of a head whose vocabulary is sharded over `group` (tensor parallelism)."""
+    """This rank's rows of a head whose vocabulary is padded, or sharded over `group` (tensor parallelism)."""
 
     start: int  # the first global row held here
     size: int  # the real vocabulary size; rows at or above it are padding and masked to -inf
-    group: Group
+    group: Group | None  # None: all rows are here
 
 
 class Projection(Protocol):

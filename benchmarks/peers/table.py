@@ -107,5 +107,5 @@ def hardware() -> dict[str, str]:
         "processor": f"{names.get('model name', platform.processor())}, {os.cpu_count()} cores",
         "instructions": ", ".join(fast) + ("" if "amx_bf16" in fast else " (no AMX)"),
         "memory": f"{memory:.0f} GiB",
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}, Python {platform.python_version()}",
     }

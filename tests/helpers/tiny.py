@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from torchft.batch import Batch, SampleId
+from torchft.batch import Across, Batch, SampleId
+from torchft.losses.cross_entropy import CrossEntropy
+from torchft.models.decoder import build_decoder
+from torchft.models.init import init_weights
 from torchft.models.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
 VOCAB = 96
@@ -99,3 +102,20 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """max|got - want| / max|want|; an all-zero reference must be met exactly."""
     error, size = (got.double() - want.double()).abs().max().item(), want.double().abs().max().item()
     return error / size if size else (0.0 if error == 0 else float("inf"))
+
+
+def loss_and_gradients(batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
+    """The summed cross-entropy of a small llama in fp64 over these batches, and its gradients."""
+    model = build_decoder(tiny_llama(num_layers=2), device="cpu", dtype=torch.float64)
+    init_weights(model.named_parameters(), model.spec, seed=0)
+    loss, total = CrossEntropy(), 0.0
+    for batch in batches:
+        out = model(
+            batch.tokens,
+            layout=batch.layout(),
+            positions=batch.positions,
+            reduce=lambda hidden, heads, batch=batch: loss(hidden, heads, batch, Across()),
+        )
+        out.total.sum().backward()
+        total += float(out.total.detach())
+    return total, [p.grad for p in model.parameters()]

@@ -20,6 +20,8 @@ from torchft.optim.schedules import SCHEDULES, ScheduleConfig, build_schedule
 # Read only where one process in this test does not get: key -> file and text of the test that holds its effect.
 ELSEWHERE = {
     "parallel.schedule": ("tests/dist/test_contract.py", '("schedule", "gpipe")'),
+    "model.vocab.noise": ("tests/recipes/test_new_tokens_recipe.py", "model.vocab.noise"),  # of weights that are read
+    "data.streams": ("tests/unit/test_streaming.py", "data.streams"),  # of data.streaming, which has no epochs
     "plugins": ("tests/unit/test_config.py", "plugins"),  # config/load.py imports them
     "checkpoint.best_mode": ("tests/unit/test_store.py", "best_mode"),
     "checkpoint.overwrite": ("tests/unit/test_store.py", "overwrite"),

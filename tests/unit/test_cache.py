@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.caches import ListRecords, make_encoded, make_key
 from torchft.data import shared_build
 from torchft.data.cache import build_cache
+from torchft.data.prefetch import map_ahead
 from torchft.data.sources import SourceConfig, open_records
 from torchft.data.types import Encoded
 from torchft.errors import DataError
@@ -55,7 +56,7 @@ def test_content_comes_back(tmp_path):
     records = ListRecords([{"n": 4, "first": 10}, {"n": 99}, {"n": 1}, {"n": 7, "first": 50}])
     cache, lines = build(tmp_path, records)
     assert len(cache) == 2 and cache.indices.tolist() == [0, 3] and cache.lengths(np.array([1, 0])).tolist() == [7, 4]
-    sample, expected = cache.sample(1), make_encoded(7, 50)
+    (sample,), expected = cache.unit(1), make_encoded(7, 50)
     assert np.array_equal(sample.ids, expected.ids) and np.array_equal(sample.weights, expected.weights)
     assert sample.ids.dtype == np.int32 and sample.weights.dtype == np.float32 and cache.weights.dtype == np.uint8
     c = cache.counts
@@ -68,7 +69,7 @@ def test_content_comes_back(tmp_path):
 def test_fractional_weights_are_kept(tmp_path):
     """Weights other than 0 and 1 are stored as float32."""
     cache, _ = build(tmp_path, ListRecords([{"n": 3}]), encode=lambda r, w: Encoded(np.arange(3), np.array([0, 0.25, 1.5])))
-    assert cache.weights.dtype == np.float32 and cache.sample(0).weights.tolist() == [0, 0.25, 1.5]
+    assert cache.weights.dtype == np.float32 and cache.unit(0)[0].weights.tolist() == [0, 0.25, 1.5]
 
 
 def test_same_bytes_for_any_number_of_builders(tmp_path):
@@ -103,6 +104,48 @@ def test_only_the_first_weight_trains_nothing(tmp_path):
     """A document's first token is never predicted: a sample with weight there alone is dropped, not trained on nothing."""
     with pytest.raises(DataError, match="1 without trained tokens"):
         build(tmp_path, ListRecords([{"n": 3}]), encode=lambda r, w: Encoded(np.arange(3), np.array([1.0, 0, 0])))
+
+
+def test_units_stay_together(tmp_path):
+    """A unit of two sequences is one sample: both come back, its length is their sum, and if one has to go, both go."""
+
+    def pair(record: dict, where: str) -> tuple[Encoded, ...]:
+        return make_encoded(record["n"], 10), make_encoded(record["n"] + 1, 50)
+
+    cache, _ = build(tmp_path, ListRecords([{"n": 4}, {"n": 16}, {"n": 6}]), encode=pair, world_size=1)
+    assert len(cache) == 2 and cache.indices.tolist() == [0, 2] and cache.lengths(np.arange(2)).tolist() == [9, 13]
+    assert [sequence.ids.tolist() for sequence in cache.unit(1)] == [[*range(10, 16)], [*range(50, 57)]]
+    assert (cache.counts.kept, cache.counts.too_long, cache.counts.tokens) == (2, 1, 22)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_no_byte(tmp_path, threads):
+    """However long each record takes, any number of threads makes the arrays of one, in the records' order; and tells the first error."""
+
+    def uneven(record: dict, where: str) -> Encoded:
+        time.sleep(0.002 * (record["n"] % 3))
+        return encode(record, where)
+
+    records = ListRecords([{"n": 3 + i % 9, "first": 10 * i} for i in range(150)])
+    one, _ = build(tmp_path / "one", records)
+    many, _ = build(tmp_path / "many", records, encode=uneven, threads=threads)
+    assert one.hash == many.hash
+
+    def bad(record: dict, where: str) -> Encoded:
+        if where.endswith((":40", ":41", ":90")):
+            raise DataError(f"{where}: bad")
+        return uneven(record, where)
+
+    with pytest.raises(DataError, match="rows.jsonl:40: bad"):
+        build(tmp_path / "bad", records, encode=bad, threads=threads)
+
+
+def test_threads_read_a_little_ahead():
+    """However many records there are, only a bounded number has been read before the first is used."""
+    taken = []
+    results = map_ahead(lambda i: 2 * i, (taken.append(i) or i for i in range(10_000)), workers=3, together=4)
+    assert [next(results) for _ in range(3)] == [0, 2, 4] and len(taken) < 50
+    assert list(results) == [2 * i for i in range(3, 10_000)]
 
 
 def test_everything_dropped_says_why(tmp_path):

@@ -92,3 +92,12 @@ def test_packed_equals_separate(lengths):
     assert packed.num_trained == int((packed.weights > 0).sum())
     assert packed.weight_sum == packed.weights.double().sum().item()
     assert packed.num_tokens == sum(map(sum, lengths))
+
+
+def test_pairs_are_numbered_through_the_batch():
+    """Two rows with two pairs and one: sequences 0..5, 2i chosen and 2i + 1 rejected; -1 in padding. Without units: none."""
+    pair = [make_encoded(2), make_encoded(3)]
+    ids = [[SampleId("a", 0, 0), SampleId("a", 0, 1)], [SampleId("a", 0, 2)]]
+    batch = collate([pair + pair, pair], ids, t=11, pad_id=0, in_units=True)
+    assert batch.sequences.tolist() == [[0, 0, 1, 1, 1, 2, 2, 3, 3, 3, -1], [4, 4, 5, 5, 5] + [-1] * 6]
+    assert batch.ids == tuple(SampleId("a", 0, i) for i in range(3)) and collate([pair], ids[:1], t=5, pad_id=0).sequences is None

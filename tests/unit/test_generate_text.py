@@ -4,17 +4,31 @@ import random
 
 import pytest
 
-from tests.helpers.tokenizers import make_hf_tokenizer, make_sp_tokenizer
+from tests.helpers.tokenizers import (
+    make_byte_fallback_tokenizer,
+    make_hf_tokenizer,
+    make_rank_tokenizer,
+    make_sp_tokenizer,
+    make_tekken_tokenizer,
+)
 from torchft.generate.text import Detokenizer, SampleText, StopTexts
 from torchft.tokenizers.load import load_tokenizer
 
 TEXTS = ["Hello world", " leading", "naïve café 日本語 😀👩‍👩‍👧 é\u0301", "a\n\nb  c", "x" * 40, "¡ñandú! \ufffd ok", "日", " ", "  two"]
 
 
-@pytest.fixture(scope="module", params=["bpe", "sentencepiece"])
+MAKERS = {
+    "bpe": make_hf_tokenizer,
+    "sentencepiece": make_sp_tokenizer,
+    "byte fallback": make_byte_fallback_tokenizer,
+    "ranks": make_rank_tokenizer,
+    "tekken": make_tekken_tokenizer,
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
 def tokenizer(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    return load_tokenizer(make_hf_tokenizer(folder) if request.param == "bpe" else make_sp_tokenizer(folder))
+    return load_tokenizer(MAKERS[request.param](tmp_path_factory.mktemp(request.param)))
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
@@ -38,9 +52,8 @@ def test_a_character_over_several_tokens_comes_once_and_whole(tokenizer):
     assert len(ids) > 3 and [p for p in got if p][-1] == "👩" and "".join(got) == tokenizer.decode(ids)
 
 
-def test_any_ids_of_a_byte_tokenizer(tmp_path):
+def test_any_ids(tokenizer):
     """Random ids, most of them broken UTF-8, special tokens between: joined pieces equal the text decoded at once, 300 times."""
-    tokenizer = load_tokenizer(make_hf_tokenizer(tmp_path))
     rng = random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(1, 40))]
@@ -100,3 +113,18 @@ def test_a_stop_text_that_does_not_come_is_text_after_all(tokenizer):
     assert not sample.text.endswith("boat")
     sample.flush()
     assert sample.text == tokenizer.decode(tokenizer.encode("the boat")) and not sample.stopped
+
+
+def test_byte_tokens_between_others(tmp_path):
+    """Whole characters are kept beside broken bytes; a text without those is decoded as the library does, leading space included."""
+    from tokenizers import Tokenizer
+
+    folder = make_byte_fallback_tokenizer(tmp_path)
+    tokenizer, library = load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ["日本 語", "日", " a 日 b", "The red boat 😀😀"]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == library.decode(ids) == text.removeprefix(" ")
+    first, second = tokenizer.encode("日"), tokenizer.encode("本")
+    first, second = first[-3:], second[-3:]
+    assert tokenizer.decode([*first, second[0]]) == "日\ufffd"
+    assert pieces(tokenizer, [*first, *second]) == ["", "", "日", "", "", "本", ""]

@@ -55,11 +55,13 @@ def padding_of(**options) -> float:
 
 
 def test_group_by_length_pads_less_and_keeps_the_samples() -> None:
-    """Every sample once an epoch, in each window the longest first, for any ranks and after a resume; less padding than without."""
+    """Every sample once an epoch, the rows of a step the nearest in length of their window, for any ranks and after a resume; less
+    padding than without."""
     options = {"packing": False, "group_by_length": True, "window": 16, "seq_len": 16}
     steps, _ = steps_by_ranks(10, **options)
-    first = [LENGTHS[name.index] for step in steps[:4] for name in step]
-    assert first == sorted(first, reverse=True) and sum(steps, Counter()) == Counter({SampleId("a", 0, i): 1 for i in range(37)})
+    by_step = sorted(sorted(LENGTHS[name.index] for name in step) for step in steps[:4])
+    lengths = [length for step in by_step for length in step]
+    assert lengths == sorted(lengths) and sum(steps, Counter()) == Counter({SampleId("a", 0, i): 1 for i in range(37)})
     assert steps_by_ranks(10, dp_size=2, **options)[0] == steps
     _, state = steps_by_ranks(3, **options)
     assert steps_by_ranks(7, state=state, **options)[0] == steps[3:]
@@ -99,19 +101,19 @@ def test_order_depends_on_neither_ranks_nor_micro_batches(lengths, split, packin
     stops=st.lists(st.integers(0, 9), max_size=5),
     worlds=st.lists(st.sampled_from([1, 2, 3]), min_size=6, max_size=6),
     packing=st.booleans(),
-    prefetch=st.booleans(),
+    workers=st.integers(0, 4),
 )
 @settings(max_examples=25, deadline=None)
-def test_any_stops_and_world_sizes_keep_the_order(stops, worlds, packing, prefetch):
-    """Stopped up to five times at any points over three epochs and resumed on 1, 2 or 3 ranks, the run's steps are those of a run
-    without a stop, the second resume and the epoch's end included."""
+def test_any_stops_and_world_sizes_keep_the_order(stops, worlds, packing, workers):
+    """Stopped up to five times at any points over three epochs and resumed on 1, 2 or 3 ranks with any number of workers, the run's
+    steps are those of a run without a stop, the second resume and the epoch's end included."""
     same = {"global_batch_size": 6, "packing": packing}
     total = make_loader(**same).num_steps(3)
     whole, final = steps_by_ranks(total, **same)
     runs = [*stops, total - sum(stops)] if sum(stops) <= total else [total]
     pieces, state = [], None
     for count, world in zip(runs, worlds, strict=False):
-        steps, state = steps_by_ranks(count, dp_size=world, state=state, prefetch=prefetch, **same)
+        steps, state = steps_by_ranks(count, dp_size=world, state=state, workers=workers, **same)
         pieces += steps
     assert pieces == whole and state == final and state["epoch"] == 3
 
@@ -218,9 +220,10 @@ def test_evaluation_sees_each_sample_once(world, micro_batch_size):
         assert [name.index for name in ids_of(batches)] == list(range(7))
 
 
-def test_prefetch_changes_nothing():
-    """With the thread the batches and the state after each step are those without it, also after load_state threw work away."""
-    plain, ahead = make_loader(), make_loader(prefetch=True)
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (3, 2), (2, 5)])
+def test_prefetch_changes_nothing(workers, prefetch):
+    """With the threads the batches and the state after each step are those without it, also after load_state threw work away."""
+    plain, ahead = make_loader(), make_loader(workers=workers, prefetch=prefetch)
     for _ in range(7):
         for a, b in zip(plain.next_step(), ahead.next_step(), strict=True):
             assert torch.equal(a.tokens, b.tokens) and a.ids == b.ids
@@ -230,14 +233,15 @@ def test_prefetch_changes_nothing():
     ahead.close()
 
 
-def test_error_in_the_thread_surfaces():
-    """An exception while preparing a step ahead is raised by the next_step that would have returned it."""
-    loader = make_loader(prefetch=True)
-    loader.next_step()
-    loader._ahead.result()
-    loader.order = None
-    loader.next_step()
-    with pytest.raises(AttributeError):
+def test_error_in_a_thread_surfaces(monkeypatch):
+    """An exception while preparing a step ahead is raised by the next_step that would have returned it, not before."""
+    loader = make_loader(workers=2, prefetch=3)
+    read = loader.order.read
+    monkeypatch.setattr(loader.order, "read", lambda pack, epoch: 1 / 0 if 20 in pack else read(pack, epoch))
+    step = next(i for i, each in enumerate(steps_by_ranks(9)[0]) if SampleId("a", 0, 20) in each)
+    for _ in range(step):
+        loader.next_step()
+    with pytest.raises(ZeroDivisionError):
         loader.next_step()
     loader.close()
 
@@ -295,7 +299,8 @@ def test_sizes_that_do_not_divide():
 
 def test_config_checks_itself():
     """Each bad value of the section is a problem under its own key; a good config has none."""
-    bad = DataConfig(train=[], seq_len=1, max_dropped_share=2, window=0, workers=3)
+    bad = DataConfig(train=[], seq_len=1, max_dropped_share=2, window=0, workers=-1, prefetch=0, group_by_length=True)
     expected = {"data.train", "data.seq_len", "data.max_dropped_share", "data.window", "data.workers"}
+    expected |= {"data.prefetch", "data.group_by_length"}
     assert {problem.key for problem in bad.check()} == expected
     assert not list(DataConfig(train=[SourceConfig(path="x.jsonl")]).check())

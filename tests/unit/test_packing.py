@@ -1,10 +1,14 @@
 """The shuffle is a bijection, uniform and without memory; a window's packs hold every sample once, are full, and favour no length."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.caches import make_cache, make_key
+from torchft.data.loader import Loader
 from torchft.data.packing import permute, plan_window
 
 
@@ -82,3 +86,42 @@ def test_order_of_packs_favours_no_length():
     halves = packs[: len(packs) // 2], packs[len(packs) // 2 :]
     first, second = (np.mean([len(pack) for pack in half]) for half in halves)
     assert abs(first - second) / (first + second) < 0.05
+
+
+@given(
+    sides=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=30),
+    packing=st.booleans(),
+    split=st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 3)]),
+)
+@settings(max_examples=60, deadline=None)
+def test_pairs_are_never_split(sides, packing, split):
+    """Both sides of a pair stand in one row, one behind the other, on any number of ranks; each pair comes once an epoch."""
+    dp_size, micro_batch_size = split
+    seen = []
+    for rank in range(dp_size):
+        loader = Loader(
+            [make_pairs(sides)],
+            seq_len=16,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=6,
+            packing=packing,
+            dp_rank=rank,
+            dp_size=dp_size,
+        )
+        for batch in [b for _ in range(loader.steps_per_epoch(0)) for b in loader.next_step()]:
+            names = [name.index for name in batch.ids if name.index >= 0]
+            seen += names
+            for i, name in enumerate(names):
+                for side in (0, 1):
+                    rows, columns = (batch.sequences == 2 * i + side).nonzero(as_tuple=True)
+                    assert len(set(rows.tolist())) == 1 and len(columns) == sides[name][side]
+                    assert batch.tokens[rows, columns].tolist() == [1000 * (2 * name + side) + k for k in range(sides[name][side])]
+                both = (batch.sequences // 2 == i).nonzero()
+                assert len(set(both[:, 0].tolist())) == 1 and both[-1, 1] - both[0, 1] == sum(sides[name]) - 1
+    assert sorted(seen) == list(range(len(sides)))
+
+
+def make_pairs(sides):
+    """A cache of pairs; sequence k's ids begin at 1000 * k."""
+    flat = make_cache([n for pair in sides for n in pair])
+    return replace(flat, size=2, indices=np.arange(len(sides)), key=make_key(seq_len=16))

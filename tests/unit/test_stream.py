@@ -9,15 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.caches import make_cache
-from tests.helpers.tiny import tiny_llama
-from torchft.batch import Across, Batch, SampleId
+from tests.helpers.tiny import loss_and_gradients
+from torchft.batch import Batch, SampleId
 from torchft.data.collate import collate
 from torchft.data.loader import Loader, evaluation_steps
 from torchft.data.packing import cut
 from torchft.errors import CheckpointError
-from torchft.losses.cross_entropy import CrossEntropy
-from torchft.models.decoder import build_decoder
-from torchft.models.init import init_weights
 
 LENGTHS = [1 + (7 * i) % 23 for i in range(31)]
 Row = tuple  # (tokens, labels where trained, positions, documents)
@@ -123,17 +120,17 @@ def test_order_depends_on_neither_ranks_nor_micro_batches(lengths, split, window
 @given(
     stops=st.lists(st.integers(0, 6), max_size=5),
     worlds=st.lists(st.sampled_from([1, 2, 3]), min_size=6, max_size=6),
-    prefetch=st.booleans(),
+    workers=st.integers(0, 4),
 )
 @settings(max_examples=25, deadline=None)
-def test_any_stops_and_world_sizes_keep_the_rows(stops, worlds, prefetch):
+def test_any_stops_and_world_sizes_keep_the_rows(stops, worlds, workers):
     """Stopped up to five times at any points over three epochs and resumed on 1, 2 or 3 ranks: the rows of a run without a stop."""
     total = make_loader().num_steps(3)
     whole, final = steps_by_ranks(total)
     runs = [*stops, total - sum(stops)] if sum(stops) <= total else [total]
     pieces, state = [], None
     for count, world in zip(runs, worlds, strict=False):
-        steps, state = steps_by_ranks(count, dp_size=world, state=state, prefetch=prefetch)
+        steps, state = steps_by_ranks(count, dp_size=world, state=state, workers=workers)
         pieces += steps
     assert pieces == whole and state == final and state["epoch"] == 3
 
@@ -247,23 +244,7 @@ def test_loss_is_that_of_separate_pieces():
     pieces = [piece for row in rows for piece in order.read(row, 0)[0]]
     alone = [collate([[piece]], [[SampleId("a", 0, 0)]], t=len(piece.ids), pad_id=0) for piece in pieces]
     assert len(alone) > len(packed) and any(not batch.plain_causal for batch in packed)
-    (loss, grads), (want, wanted) = _loss_and_gradients(packed), _loss_and_gradients(alone)
+    (loss, grads), (want, wanted) = loss_and_gradients(packed), loss_and_gradients(alone)
     assert abs(loss - want) <= 1e-12 * want
     for got, reference in zip(grads, wanted, strict=True):
         assert (got - reference).abs().max() <= 1e-12 * reference.abs().max()
-
-
-def _loss_and_gradients(batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
-    model = build_decoder(tiny_llama(num_layers=2), device="cpu", dtype=torch.float64)
-    init_weights(model.named_parameters(), model.spec, seed=0)
-    loss, total = CrossEntropy(), 0.0
-    for batch in batches:
-        out = model(
-            batch.tokens,
-            layout=batch.layout(),
-            positions=batch.positions,
-            reduce=lambda hidden, heads, batch=batch: loss(hidden, heads, batch, Across()),
-        )
-        out.total.sum().backward()
-        total += float(out.total.detach())
-    return total, [p.grad for p in model.parameters()]

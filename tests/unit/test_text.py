@@ -133,7 +133,7 @@ def test_no_end_token(tmp_path):
 
 def test_config_checks_itself():
     """Each bad value is a problem under its own key; a good section has none."""
-    bad = TextDataConfig(train=[], seq_len=1, window=0, workers=2)
+    bad = TextDataConfig(train=[], seq_len=1, window=0, workers=-1)
     assert {problem.key for problem in bad.check()} == {"data.train", "data.seq_len", "data.window", "data.workers"}
     assert {problem.key for problem in TextConfig(path="a", max_samples=0, separator="").check()} == {"max_samples", "separator"}
     assert not list(TextDataConfig(train=[TextConfig(path="a.txt")]).check()) and not list(TextConfig(path="a.txt").check())

@@ -18,6 +18,8 @@ from torchft.errors import CheckpointError
 from torchft.models.build import FAMILIES
 from torchft.models.hf_config import read_json
 from torchft.models.spec import ModelSpec
+from torchft.tokenizers.load import load_tokenizer, tokenizer_files_in
+from torchft.tokenizers.rank_files import is_rank_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "chat_template.jinja")
@@ -51,9 +53,12 @@ def read_assets(folder: Path | str) -> Assets:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size} bytes\n  expected: at most {TOKENIZER_BYTES}\n  fix: take the file again"
             )
+    files = {path.name: path.read_bytes() for path in present}
+    if "tokenizer.json" not in files and any(is_rank_file(path) for path in tokenizer_files_in(folder)):
+        files = load_tokenizer(folder).to_files()  # ranks as tokenizer.json, which others read too
     settings = {name: folder / name for name in ("config.json", "generation_config.json")}
     config, generation = (read_json(path) if path.is_file() else {} for path in settings.values())
-    return Assets(config, generation, {path.name: path.read_bytes() for path in present})
+    return Assets(config, generation, files)
 
 
 def write_assets(folder: Path, spec: ModelSpec, assets: Assets, dtype: torch.dtype) -> None:

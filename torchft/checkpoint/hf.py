@@ -25,6 +25,7 @@ from torchft.checkpoint.agreement import agreed, on_rank_0
 from torchft.checkpoint.assets import Assets, write_assets
 from torchft.checkpoint.fused import join, joined_bytes, part_of
 from torchft.checkpoint.manifest import sync_folder
+from torchft.checkpoint.new_rows import NewRows, grown
 from torchft.checkpoint.tensor_files import LazyTensor, TensorWriter, open_tensors
 from torchft.dist import comm_device, gather_objects, rank, shard_indices
 from torchft.errors import CheckpointError
@@ -32,6 +33,7 @@ from torchft.models.build import FAMILIES
 from torchft.models.decoder import build_decoder
 from torchft.models.keys import map_from_hf, require, stored_as
 from torchft.models.spec import ModelSpec
+from torchft.models.vocabulary import without_padding
 
 COMPARE_BYTES = 64 << 20  # how much of a tied copy is compared at a time
 
@@ -56,14 +58,22 @@ class LoadReport:
     dropped: tuple[str, ...] = ()  # names in the source that nobody needs
 
 
-def load_hf(folder: Path | str, spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], *, require_all: bool = True) -> LoadReport:
+def load_hf(
+    folder: Path | str,
+    spec: ModelSpec,
+    parameters: Iterable[tuple[str, Tensor]],
+    *,
+    require_all: bool = True,
+    new_rows: NewRows | None = None,
+) -> LoadReport:
     """Fills `parameters` (our names; plain tensors or DTensors of any placement) from a HF folder, cast to their dtype.
 
     A rank reads only the part it holds; all ranks call it. A tied parameter that a rank holds twice may come twice. With
-    `require_all=False` weights that the folder lacks (a new head) stay as they are and are reported. Raises CheckpointError on every
+    `require_all=False` weights that the folder lacks (a new head) stay as they are and are reported. new_rows: where the vocabulary of
+    `spec` is larger than the folder's. Raises CheckpointError on every
     rank, before anything is copied if names, shapes or dtypes don't fit.
     """
-    weights = agreed(lambda: open_weights(folder, spec, require_all=require_all))
+    weights = agreed(lambda: open_weights(folder, spec, require_all=require_all, new_rows=new_rows))
     parameters = list(parameters)
     strangers = [name for name, _ in parameters if name not in weights.tensors and name not in weights.missing]
     assert not strangers, f"{strangers[:4]} are no weights of the base model: give load_hf its parameters only"
@@ -72,10 +82,13 @@ def load_hf(folder: Path | str, spec: ModelSpec, parameters: Iterable[tuple[str,
     return replace(agreed(lambda: copy_weights(here, weights.tensors)), missing=missing, dropped=weights.dropped)
 
 
-def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = True) -> Weights:
-    """The folder's weights by our names, checked against the spec; nothing is read yet but a second copy of a tied embedding."""
+def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = True, new_rows: NewRows | None = None) -> Weights:
+    """The folder's weights by our names, checked against the spec; nothing is read yet but a second copy of a tied embedding.
+
+    new_rows: the folder is of `new_rows.base`; what the vocabulary of `spec` has more is made (new_rows.py).
+    """
     folder = Path(folder)
-    files, rules, shapes = open_tensors(folder), FAMILIES[spec.family].KEYS, weight_shapes(spec)
+    files, rules, shapes = open_tensors(folder), FAMILIES[spec.family].KEYS, weight_shapes(new_rows.base if new_rows else spec)
     keys = map_from_hf(rules, files, shapes, where=str(folder))
     if require_all:
         require(keys, rules, where=str(folder))
@@ -83,6 +96,9 @@ def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = Tru
     check_shapes(tensors, shapes, where=str(folder))
     if keys.tied_copy is not None:
         _check_tied(files[keys.tied_copy], tensors["embed_tokens.weight"], folder)
+    if new_rows:
+        wanted = weight_shapes(spec)
+        tensors = {name: grown(tensor, wanted[name][0], name, new_rows) for name, tensor in tensors.items()}
     dropped = keys.dropped if keys.tied_copy is None else (*keys.dropped, keys.tied_copy)
     return Weights(tensors, keys.missing, dropped)
 
@@ -171,7 +187,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 << 30,
 ) -> None:
-    """Writes a complete HF folder: config.json, generation_config.json, weights, tokenizer files.
+    """Writes a complete HF folder: config.json, generation_config.json, weights, tokenizer files; without padding rows.
 
     All ranks call it, each with the parameters it holds (under pipeline parallelism that is not all of them); only rank 0 writes.
     dtype: of the file; None keeps each parameter's. The folder appears whole or not at all. Raises CheckpointError on every rank if
@@ -180,11 +196,14 @@ def save_hf(
     folder, held = Path(folder), dict(parameters)
     items = _agree_on_items(held, spec, dtype)
     on_rank_0(lambda: _check_free(folder))
-    tensors = (_gather(held.get(item.name), item) for item in items)
+    spec = without_padding(spec)
+    written = [replace(item, shape=shape) for item, shape in zip(items, weight_shapes(spec).values(), strict=True)]
+    gathered = (_gather(held.get(item.name), item) for item in items)
+    tensors = (whole if whole is None else whole[: item.shape[0]] for whole, item in zip(gathered, written))
     failure: Exception | None = None
     if rank() == 0:
         try:
-            _write_folder(folder, spec, assets, items, tensors, shard_bytes)
+            _write_folder(folder, spec, assets, written, tensors, shard_bytes)
         except Exception as error:  # whatever it is, the other ranks wait for it: raised by all below
             failure = error
     for _ in tensors:

@@ -21,6 +21,7 @@ from torchft.checkpoint.gguf import GgufFile
 from torchft.checkpoint.hf import open_weights, weight_shapes
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST, STATE, TensorInfo, hash_weights, read_listed, read_manifest, verify
+from torchft.checkpoint.new_rows import NewRows, cut
 from torchft.checkpoint.reader import load_tensors, read_index
 from torchft.checkpoint.tensor_files import LazyTensor
 from torchft.config.show import read_saved
@@ -29,7 +30,9 @@ from torchft.errors import CheckpointError
 from torchft.models.build import read_config
 from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.spec import ModelSpec
+from torchft.models.vocabulary import VocabConfig, resize_spec, without_padding
 from torchft.tokenizers.load import load_tokenizer
+from torchft.tokenizers.protocol import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -74,29 +77,39 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
     else:
         base = base or recorded_base(path, recorded)
         spec, origin = read_config(base)[0], str(base)
-    shapes, saved = weight_shapes(spec), read_index(path / "model")
+    vocab = VocabConfig(**(model.get("vocab") or {}))
+    new_rows, trained = NewRows(spec, int(config.get("seed") or 0), vocab.noise), resize_spec(spec, vocab)
+    shapes, saved = weight_shapes(trained), read_index(path / "model")
     _check_fit(path, origin, shapes, saved)
     frozen = [name for name in shapes if name not in saved]
     if frozen and (base is None or recorded.get("sha256") != hash_weights(base)):
         raise CheckpointError(
             f"{path} lacks frozen weights, and {origin} is not the base it was trained on\n  fix: give the right one with --base"
         )
-    kept = open_weights(base, spec).tensors if frozen and base is not None else {}
-    tensors = {name: _trained(path / "model", name, saved[name]) if name in saved else kept[name] for name in shapes}
+    kept = open_weights(base, trained, new_rows=new_rows).tensors if frozen and base is not None else {}
+    held = {name: _trained(path / "model", name, saved[name]) if name in saved else kept[name] for name in shapes}
+    spec = without_padding(trained)
+    tensors = {name: cut(held[name], shape[0]) for name, shape in weight_shapes(spec).items()}
     return ModelSource(spec, tensors, _run_assets(config, base))
 
 
 def run_config(checkpoint: Path) -> dict[str, Any]:
-    """`model` and `tokenizer` of a checkpoint's run, by its config.yaml; empty if the checkpoint stands alone. Raises CheckpointError."""
+    """`model`, `tokenizer` and `seed` of a checkpoint's run, by its config.yaml; empty if it stands alone. Raises CheckpointError."""
     path = checkpoint.resolve().parent.parent / "config.yaml"
     saved = OmegaConf.create(read_saved(path))
     sections = {key: saved.get(key) for key in ("model", "tokenizer") if key in saved}
     try:
-        return {key: OmegaConf.to_container(section, resolve=True) for key, section in sections.items()}
+        return {"seed": saved.get("seed")} | {key: OmegaConf.to_container(section, resolve=True) for key, section in sections.items()}
     except OmegaConfBaseException as error:
         raise CheckpointError(
             f"{path}: {str(error).splitlines()[0]}\n  fix: set the variable it refers to, or write the value there"
         ) from None
+
+
+def run_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
+    """The tokenizer of a run whose `run_config` this is, out of `folder`, with the tokens the run added."""
+    chosen = config.get("tokenizer") or {}
+    return load_tokenizer(folder, **{key: chosen.get(key) or () for key in ("add_tokens", "add_special_tokens")})
 
 
 def recorded_base(path: Path, recorded: dict[str, str]) -> Path:
@@ -143,9 +156,12 @@ def _run_assets(config: dict[str, Any], base: Path | None) -> Assets:
         assets = replace(assets, files=read_assets(folder).files)
     name, thinking = chosen.get("template", "auto"), chosen.get("thinking", "mixed")
     is_own = name == "auto" and thinking == "mixed"
-    if folder is None or (base is not None and not chosen.get("path") and is_own):
+    added = chosen.get("add_tokens") or chosen.get("add_special_tokens")
+    if folder is None or (base is not None and not chosen.get("path") and is_own and not added):
         return assets
-    tokenizer = load_tokenizer(folder)
+    tokenizer = run_tokenizer(config, folder)
+    if added:
+        assets = replace(assets, files=tokenizer.to_files())
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     assets = replace(assets, config={key: value for key, value in ids.items() if value is not None} | assets.config)
     if not is_own:

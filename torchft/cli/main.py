@@ -15,6 +15,7 @@ from torchft.errors import TorchftError
 VERBS = {
     "run": ("torchft.cli.run", "check a recipe's config, then start it on one or many processes"),
     "validate": ("torchft.cli.validate", "check a config, its model and its data without starting"),
+    "data": ("torchft.cli.data", "show, count or prepare the data of a config"),
     "ls": ("torchft.cli.ls", "list the recipes and configs that ship"),
     "cat": ("torchft.cli.cat", "print a recipe or a config"),
     "cp": ("torchft.cli.cp", "copy a recipe or a config, to change it"),

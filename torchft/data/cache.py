@@ -3,7 +3,9 @@
     records 0..n-1 --a slice per rank--> encode, truncate --> parts --joined in order--> <name>-<key>/
 
     ids.npy (tokens,) int32      weights.npy (tokens,) float32, or uint8 if all are 0 or 1      indices.npy (samples,) int64: record numbers
-    offsets.npy (samples + 1,) int64: sample i is ids[offsets[i]:offsets[i + 1]]                meta.json: key, counts, hash of the arrays
+    offsets.npy (sequences + 1,) int64: sequence i is ids[offsets[i]:offsets[i + 1]]            meta.json: key, counts, hash of the arrays
+
+A sample is one sequence, or a unit of several that belong together (chosen and rejected), stored one behind the other, never parted.
 
 The folder is named by all that decides the tokens, so a changed template or length never reads old tokens; the number of ranks that
 built it changes no byte. What was dropped or truncated is counted and said.
@@ -15,14 +17,16 @@ import re
 import uuid
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 import torchft
 from torchft import dist
+from torchft.data.prefetch import map_ahead
 from torchft.data.shared_build import Beat, SharedBuild, is_whole
 from torchft.data.types import Encoded
 from torchft.errors import DataError
@@ -45,7 +49,8 @@ class Records(Protocol):
         ...
 
 
-Encode = Callable[[dict, str], Encoded | None]  # None: nothing to train on
+Encode = Callable[[dict, str], Encoded | tuple[Encoded, ...] | None]  # a tuple: a unit; None: nothing to train on
+Row = tuple[int, Encoded | tuple[Encoded, ...] | DataError | None, str]  # record number, what it became, "file:line"
 Truncate = Callable[[Encoded, str], Encoded | None]  # to data.seq_len by data.truncation; None: dropped
 
 
@@ -94,8 +99,10 @@ class TokenCache:
     counts: Counts
     ids: np.ndarray  # (tokens,) int32
     weights: np.ndarray  # (tokens,) float32 or uint8
-    offsets: np.ndarray  # (samples + 1,) int64
+    offsets: np.ndarray  # (sequences + 1,) int64
     indices: np.ndarray  # (samples,) int64
+    size: int = 1  # sequences of a sample
+    places: np.ndarray | None = None  # (samples,) int64: of a part of a cache, which of the arrays' samples are its own
     bad: tuple[str, ...] = ()  # what is wrong with the first records left out
 
     def __len__(self) -> int:
@@ -103,20 +110,33 @@ class TokenCache:
 
     def lengths(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of each of these samples: (k,) int64 -> (k,) int64."""
-        return self.offsets[samples + 1] - self.offsets[samples]
+        first = self._first(samples)
+        return self.offsets[first + self.size] - self.offsets[first]
 
-    def sample(self, i: int) -> Encoded:
-        """Sample i, copied out of the map."""
-        lo, hi = int(self.offsets[i]), int(self.offsets[i + 1])
-        return Encoded(np.array(self.ids[lo:hi]), self.weights[lo:hi].astype(np.float32))
+    def unit(self, i: int) -> list[Encoded]:
+        """The sequences of sample i, copied out of the map."""
+        first = int(self._first(i))
+        edges = self.offsets[first : first + self.size + 1].tolist()
+        return [Encoded(np.array(self.ids[lo:hi]), self.weights[lo:hi].astype(np.float32)) for lo, hi in pairwise(edges)]
 
     def piece(self, i: int, lo: int, hi: int) -> Encoded:
         """Tokens lo..hi of sample i, and what follows them in it; copied out of the map."""
-        start, end = int(self.offsets[i]), int(self.offsets[i + 1])
+        assert self.size == 1, "units are never cut"
+        first = int(self._first(i))
+        start, end = int(self.offsets[first]), int(self.offsets[first + 1])
         here = slice(start + lo, start + hi)
         after = start + hi
         follower = (int(self.ids[after]), float(self.weights[after])) if after < end else None
         return Encoded(np.array(self.ids[here]), self.weights[here].astype(np.float32), follower, lo)
+
+    def part(self, places: np.ndarray, name: str, counts: Counts) -> "TokenCache":
+        """Some of the samples as a cache of their own, over the same arrays. counts: of the part."""
+        digest = hashlib.blake2b(places.tobytes(), digest_size=16).hexdigest()
+        return replace(self, name=name, hash=f"{self.hash}-{digest}", counts=counts, indices=self.indices[places], places=places)
+
+    def _first(self, samples: Any) -> Any:
+        """The first sequence of each sample."""
+        return (samples if self.places is None else self.places[samples]) * self.size
 
     def summary(self) -> str:
         """One line: what is in it, and what was left out."""
@@ -145,14 +165,15 @@ def build_cache(
     max_dropped_share: float = 1.0,
     max_bad_records: int = 0,
     timeout_s: float = 600.0,
+    threads: int = 1,
     report: Callable[[str], None] = print,
 ) -> TokenCache:
     """The cache of `records` under `folder`, tokenised by all ranks unless it is there already. Call it on every rank.
 
     run: a word shared by this run's ranks and by no other run; None: rank 0 of the process group makes one up.
     max_dropped_share: an error if a larger share of the samples was dropped. max_bad_records: so many that can't be read are left out
-    and counted; one more is an error, the first one's. timeout_s: an error after so long without progress on
-    any rank. report: gets progress lines and the summary, on rank 0 only. Raises DataError, the same on every rank.
+    and counted; one more is an error, the first one's. timeout_s: an error after so long without progress on any rank. threads: that
+    encode on each rank. report: gets progress lines and the summary, on rank 0 only. Raises DataError, the same on every rank.
     """
     assert run or world_size == dist.world_size(), f"without a process group of {world_size} the ranks need a common `run`"
     run = run or dist.broadcast_object(uuid.uuid4().hex)
@@ -164,7 +185,7 @@ def build_cache(
         label = f"tokenising {records.name}"
         build = SharedBuild(final, run, label=label, total=n, rank=rank, world_size=world_size, timeout_s=timeout_s, report=tell)
         build.run(
-            lambda part, beat: _write_part(part, records, (lo, hi), encode, truncate, max_bad_records, beat),
+            lambda part, beat: _write_part(part, records, (lo, hi), encode, truncate, max_bad_records, threads, beat),
             lambda parts, out, beat: _join_parts(parts, out, records.name, key, beat),
         )
     cache = open_cache(final)
@@ -184,21 +205,28 @@ def open_cache(folder: Path) -> TokenCache:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in FILES}
         counts = Counts(**meta["counts"])
         sizes = {name: len(x) for name, x in arrays.items()}
-        expected = {"ids": counts.tokens, "weights": counts.tokens, "offsets": counts.kept + 1, "indices": counts.kept}
+        size = meta["size"]
+        expected = {"ids": counts.tokens, "weights": counts.tokens, "offsets": counts.kept * size + 1, "indices": counts.kept}
         if sizes != expected:
             raise ValueError(f"sizes {sizes}, expected {expected}")
-        return TokenCache(
-            name=meta["name"], hash=meta["hash"], key=CacheKey(**meta["key"]), counts=counts, bad=tuple(meta["bad"]), **arrays
-        )
+        facts = {"name": meta["name"], "hash": meta["hash"], "size": size, "bad": tuple(meta["bad"])}
+        return TokenCache(key=CacheKey(**meta["key"]), counts=counts, **facts, **arrays)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: damaged cache ({error}): delete this folder, it is built again from the source") from error
 
 
 def _write_part(
-    part: Path, records: Records, slice_: tuple[int, int], encode: Encode, truncate: Truncate | None, max_bad_records: int, beat: Beat
+    part: Path,
+    records: Records,
+    slice_: tuple[int, int],
+    encode: Encode,
+    truncate: Truncate | None,
+    max_bad_records: int,
+    threads: int,
+    beat: Beat,
 ) -> None:
     """Tokenises a slice into raw arrays: a part is read back by this run alone."""
-    counts, lengths, indices, binary, bad = Counts(), array("q"), array("q"), True, []
+    counts, lengths, indices, binary, size, bad = Counts(), array("q"), array("q"), True, 0, []
 
     def note(error: DataError) -> None:
         counts.total, counts.bad = counts.total + 1, counts.bad + 1
@@ -206,47 +234,57 @@ def _write_part(
         if counts.bad > max_bad_records:
             raise DataError(bad[0] + _limit_of_bad(max_bad_records)) from error
 
+    def encoded(row: tuple[int, dict, str]) -> Row:
+        index, record, where = row
+        try:
+            return index, encode(record, where), where
+        except DataError as error:
+            return index, error, where
+
     rows = records.read(*slice_, note) if max_bad_records else records.read(*slice_)
     with open(part / "ids", "wb") as ids, open(part / "weights", "wb") as weights:
-        for index, record, where in rows:
+        for index, made, where in map_ahead(encoded, rows, workers=threads):
             beat(counts.total)
-            try:
-                whole = encode(record, where)
-            except DataError as error:
-                note(error)
+            if isinstance(made, DataError):
+                note(made)
                 continue
-            sample = _keep(whole, truncate, where, counts)
-            if sample is not None:
-                ids.write(sample.ids.astype(np.int32).tobytes())
-                weights.write(sample.weights.astype(np.float32).tobytes())
-                lengths.append(len(sample.ids))
+            unit = keep(made, truncate, where, counts)
+            for sequence in unit:
+                ids.write(sequence.ids.astype(np.int32).tobytes())
+                weights.write(sequence.weights.astype(np.float32).tobytes())
+                lengths.append(len(sequence.ids))
+                binary = binary and bool(((sequence.weights == 0) | (sequence.weights == 1)).all())
+            if unit:
+                assert size in (0, len(unit)), f"{where}: {len(unit)} sequences, the others have {size}"
+                size = len(unit)
                 indices.append(index)
-                binary = binary and bool(((sample.weights == 0) | (sample.weights == 1)).all())
     beat(counts.total)
     (part / "lengths").write_bytes(lengths.tobytes())
     (part / "indices").write_bytes(indices.tobytes())
-    (part / "counts.json").write_text(json.dumps({"counts": asdict(counts), "binary": binary, "bad": bad[:SHOWN_BAD]}))
+    (part / "counts.json").write_text(json.dumps({"counts": asdict(counts), "binary": binary, "size": size, "bad": bad[:SHOWN_BAD]}))
 
 
 def _limit_of_bad(limit: int) -> str:
     return f"\n  and more than data.max_bad_records={limit} such records: mend them, or raise it to leave them out" if limit else ""
 
 
-def _keep(whole: Encoded | None, truncate: Truncate | None, where: str, counts: Counts) -> Encoded | None:
-    """The sample as it is kept, or None; counts what happened to it."""
+def keep(encoded: Encoded | tuple[Encoded, ...] | None, truncate: Truncate | None, where: str, counts: Counts) -> tuple[Encoded, ...]:
+    """The sample's sequences as they are kept, all or none; counts what happened to it."""
     counts.total += 1
-    if whole is None or not _num_trained(whole):
+    whole = encoded if isinstance(encoded, tuple) else () if encoded is None else (encoded,)
+    if not whole or not all(map(_num_trained, whole)):
         counts.untrained += 1
-        return None
-    sample = truncate(whole, where) if truncate else whole
-    if sample is None or not _num_trained(sample):
+        return ()
+    cut = [truncate(sequence, where) if truncate else sequence for sequence in whole]
+    kept = tuple(sequence for sequence in cut if sequence is not None and _num_trained(sequence))
+    if len(kept) < len(whole):
         counts.too_long += 1
-        return None
+        return ()
     counts.kept += 1
-    counts.truncated += len(sample.ids) < len(whole.ids)
-    counts.tokens += len(sample.ids)
-    counts.trained += _num_trained(sample)
-    return sample
+    counts.truncated += any(len(short.ids) < len(long.ids) for short, long in zip(kept, whole, strict=True))
+    counts.tokens += sum(len(sequence.ids) for sequence in kept)
+    counts.trained += sum(map(_num_trained, kept))
+    return kept
 
 
 def _num_trained(sample: Encoded) -> int:
@@ -262,11 +300,12 @@ def _join_parts(parts: list[Path], out: Path, name: str, key: CacheKey, beat: Be
     if counts.kept == 0:
         raise DataError(_dropped_message(name, counts, key))
     share = Counts(**notes[0]["counts"]).total  # of rank 0, whose beat this is
+    (size,) = {note["size"] for note in notes} - {0}  # 0: a part without samples
     digest = hashlib.blake2b(digest_size=16)
     weights = np.uint8 if all(note["binary"] for note in notes) else np.float32
     for field, given, stored in (("ids", np.int32, np.int32), ("weights", np.float32, weights), ("indices", np.int64, np.int64)):
-        size = counts.kept if field == "indices" else counts.tokens
-        header = {"descr": np.dtype(stored).str, "fortran_order": False, "shape": (size,)}
+        entries = counts.kept if field == "indices" else counts.tokens
+        header = {"descr": np.dtype(stored).str, "fortran_order": False, "shape": (entries,)}
         with open(out / f"{field}.npy", "wb") as file:  # not through a memory map, which on a full disk kills the process
             np.lib.format.write_array_header_1_0(file, header)
             for chunk in _chunks([part / field for part in parts], given):
@@ -278,7 +317,7 @@ def _join_parts(parts: list[Path], out: Path, name: str, key: CacheKey, beat: Be
     offsets = np.concatenate([[0], np.cumsum(lengths)])  # (samples + 1,) int64
     digest.update(offsets)
     np.save(out / "offsets.npy", offsets)
-    meta = {"name": name, "hash": digest.hexdigest(), "key": asdict(key), "counts": asdict(counts)}
+    meta = {"name": name, "hash": digest.hexdigest(), "key": asdict(key), "counts": asdict(counts), "size": size}
     meta["bad"] = [message for note in notes for message in note["bad"]][:SHOWN_BAD]
     (out / "meta.json").write_text(json.dumps(meta, indent=1))
 

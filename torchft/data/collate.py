@@ -18,8 +18,12 @@ from torchft.batch import Batch, SampleId
 from torchft.data.types import Encoded
 
 
-def collate(rows: Sequence[Sequence[Encoded]], ids: Sequence[Sequence[SampleId]], *, t: int, pad_id: int, epoch: int = 0) -> Batch:
-    """One micro-batch of (len(rows), t); ids[i][j] names rows[i][j] and is flattened into Batch.ids.
+def collate(
+    rows: Sequence[Sequence[Encoded]], ids: Sequence[Sequence[SampleId]], *, t: int, pad_id: int, epoch: int = 0, in_units: bool = False
+) -> Batch:
+    """One micro-batch of (len(rows), t); ids[i] names the samples of rows[i] and is flattened into Batch.ids.
+
+    in_units: rows hold pairs, chosen before rejected, and Batch.sequences numbers the sequences through the batch.
 
     An empty row is a filler: pad_id everywhere, one document, all weights 0, id SampleId("", epoch, -1). It keeps the number of
     rows equal on all ranks where an epoch's last step has too few.
@@ -28,6 +32,7 @@ def collate(rows: Sequence[Sequence[Encoded]], ids: Sequence[Sequence[SampleId]]
     tokens, labels = np.full(shape, pad_id, np.int64), np.full(shape, pad_id, np.int64)
     weights = np.zeros(shape, np.float32)
     positions, documents = np.empty(shape, np.int32), np.empty(shape, np.int32)
+    sequences, num_sequences = np.full(shape, -1, np.int32), 0
     for i, row in enumerate(rows):
         starts = _starts(row, t)
         index = np.arange(t)
@@ -38,6 +43,8 @@ def collate(rows: Sequence[Sequence[Encoded]], ids: Sequence[Sequence[SampleId]]
             tokens[i, start:end] = sample.ids
             labels[i, start : end - 1] = sample.ids[1:]
             weights[i, start : end - 1] = sample.weights[1:]
+            sequences[i, start:end] = num_sequences
+            num_sequences += 1
             if sample.follower is not None:
                 labels[i, end - 1], weights[i, end - 1] = sample.follower
     return Batch(
@@ -46,6 +53,7 @@ def collate(rows: Sequence[Sequence[Encoded]], ids: Sequence[Sequence[SampleId]]
         weights=torch.from_numpy(weights),
         positions=torch.from_numpy(positions),
         documents=torch.from_numpy(documents),
+        sequences=torch.from_numpy(sequences) if in_units else None,
         num_trained=int(np.count_nonzero(weights)),
         weight_sum=float(weights.sum(dtype=np.float64)),
         num_tokens=sum(len(sample.ids) for row in rows for sample in row),

@@ -10,35 +10,41 @@ number of micro-batches, all of the same length.
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from torchft.batch import Batch
 from torchft.data.cache import TokenCache
+from torchft.data.checks import check_data
 from torchft.data.collate import collate
 from torchft.data.masks import MaskConfig
-from torchft.data.order import VERSION, Cursor, Order
+from torchft.data.mixture import Mixture, MixtureConfig
+from torchft.data.order import VERSION, Cursor, Order, Place
+from torchft.data.prefetch import Prefetch
 from torchft.data.sources import SourceConfig
 from torchft.data.stream import StreamOrder
+from torchft.data.streaming import VirtualStreams
 from torchft.data.truncation import Truncation
 from torchft.errors import CheckpointError, ConfigError, Problem
 
 Packing = bool | Literal["cut"]
+Plan = tuple[list[list[Any]], int, int]  # rows of each micro-batch, their length, the epoch
 
 
 @dataclass
 class DataConfig:
     """Section `data`: what is trained and validated on, and in which order."""
 
-    train: list[SourceConfig] = field(default_factory=list)  # training sources, one after the other
+    train: list[SourceConfig] = field(default_factory=list)  # training sources, put together by `mixture`
     validation: dict[str, SourceConfig] = field(default_factory=dict)  # validation sources by name
+    validation_size: float = 0  # held out from each training source: below 1 a share of it, else a number of samples
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)  # what an epoch takes of each training source
     seq_len: int = 2048  # tokens in a row; longer samples are handled by `truncation`
     packing: bool = True  # several samples share a row, without seeing each other; false: one sample a row, padded
-    group_by_length: bool = False  # without packing: each window's samples longest first, so that steps are less padded
+    group_by_length: bool = False  # without packing: the rows of a step are of like length, so less is padded
     masks: MaskConfig = field(default_factory=MaskConfig)  # which messages are trained
     truncation: Truncation = "error"  # samples over seq_len: error | drop | left (keeps the end) | right (the start) | proportional
     max_dropped_share: float = 0.5  # stop if a larger share of a source's samples is dropped
@@ -46,24 +52,18 @@ class DataConfig:
     shuffle: bool = True  # a new order in each epoch; false: the files' order
     window: int = 4096  # samples from which packs are made at once
     seed: int | None = None  # of the order; null: the run's seed
-    workers: int = 1  # threads that prepare the next step's batches: 0 or 1
+    workers: int = 1  # threads that prepare batches ahead; 0: none
+    prefetch: int = 2  # steps prepared ahead
     cache: str = ".cache/tokens"  # folder of tokenised sources, seen by all processes
+    streaming: bool = False  # tokenise the training source, JSON Lines, as training goes, without a cache; needs train.steps
+    streams: int = 64  # with streaming: places in its files that are read side by side; best a multiple of the rows of a micro-batch
 
     def check(self) -> Iterator[Problem]:
-        if not self.train:
-            yield Problem("data.train", "no source", "at least one source", "add one, e.g. data.train=[{path: train.jsonl}]")
-        if self.seq_len < 2:
-            yield Problem("data.seq_len", str(self.seq_len), "at least 2", "use the length of your samples in tokens")
+        yield from check_data(self)
         if not 0 <= self.max_dropped_share <= 1:
             yield Problem("data.max_dropped_share", str(self.max_dropped_share), "a share from 0 to 1", "use e.g. 0.5")
-        if self.max_bad_records < 0:
-            yield Problem("data.max_bad_records", str(self.max_bad_records), "0 or more", "use 0 to stop at the first")
         if self.group_by_length and self.packing:
             yield Problem("data.group_by_length", "true", "data.packing=false: packs are full already", "set one of the two to false")
-        if self.window < 1:
-            yield Problem("data.window", str(self.window), "at least 1", "use 4096")
-        if self.workers not in (0, 1):
-            yield Problem("data.workers", str(self.workers), "0 or 1", "use 1")
 
 
 def grad_accum(global_batch_size: int, *, micro_batch_size: int, dp_size: int) -> int:
@@ -85,15 +85,15 @@ def grad_accum(global_batch_size: int, *, micro_batch_size: int, dp_size: int) -
 class Loader:
     """This data rank's micro-batches, step after step, for as many epochs as asked for.
 
-    packing: several samples a row, or one ("cut": one after the other, cut where a row ends, see stream.py). group_by_length: the
-    longest of a window first.
-    multiple_of: row lengths are multiples of it (the parallel layout's demand). prefetch: one thread makes the next step's batches
-    meanwhile; it changes neither order nor state. pin_memory: for CUDA. Raises ConfigError if the sizes don't fit each other.
+    packing: several samples a row, or one ("cut": one after the other, cut where a row ends, see stream.py).
+    mixture: what an epoch takes of each source; None: all. group_by_length: without packing, the rows of a step are of like length.
+    multiple_of: row lengths are multiples of it (the parallel layout's demand). workers: threads that make batches `prefetch` steps
+    ahead; they change neither order nor state. pin_memory: for CUDA. Raises ConfigError if the sizes don't fit each other.
     """
 
     def __init__(
         self,
-        caches: Sequence[TokenCache],
+        data: Sequence[TokenCache] | VirtualStreams,
         *,
         seq_len: int,
         micro_batch_size: int,
@@ -105,42 +105,57 @@ class Loader:
         group_by_length: bool = False,
         shuffle: bool = True,
         window: int = 4096,
+        mixture: Mixture | None = None,
         pad_id: int = 0,
         multiple_of: int = 1,
-        prefetch: bool = False,
+        workers: int = 0,
+        prefetch: int = 1,
         pin_memory: bool = False,
     ):
-        assert caches and all(len(cache) and cache.key.seq_len <= seq_len for cache in caches), "build the caches for this seq_len"
         self.grad_accum = grad_accum(global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size)
         if packing and seq_len % multiple_of:
             lower, upper = seq_len // multiple_of * multiple_of, _round_up(seq_len, multiple_of)
             expected = f"a multiple of {multiple_of} with packing, so that a row can be split by the parallel layout"
             raise ConfigError(Problem("data.seq_len", str(seq_len), expected, f"use {lower or upper} or {upper}"))
-        plan = {"seq_len": seq_len, "shuffle": shuffle, "window": window, "seed": seed}
-        chats = {"packing": packing, "by_length": group_by_length}
-        self.order = StreamOrder(caches, **plan) if packing == "cut" else Order(caches, **chats, **plan)
+        self.order: Order | VirtualStreams
+        if isinstance(data, VirtualStreams):
+            self.order = data
+        else:
+            assert data and all(len(cache) and cache.key.seq_len <= seq_len for cache in data), "build the caches for this seq_len"
+            assert len({cache.size for cache in data}) == 1, "pairs and single samples in one loader"
+            plan: dict[str, Any] = {"seq_len": seq_len, "shuffle": shuffle, "window": window, "seed": seed, "mixture": mixture}
+            group = global_batch_size if group_by_length else None
+            self.order = StreamOrder(data, **plan) if packing == "cut" else Order(data, packing=packing, group=group, **plan)
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_id, self.multiple_of, self.pin_memory = pad_id, multiple_of, pin_memory
+        self.workers, self.prefetch = workers, prefetch
         self.cursor = self._before = self.order.start()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
-        self._ahead: Future[tuple[list[Batch], Cursor]] | None = None
+        self._ahead: Prefetch | None = None
 
     def next_step(self) -> list[Batch]:
         """grad_accum micro-batches of (micro_batch_size, t); t is the same for all of them, on all ranks."""
-        ahead, self._ahead, self._before = self._ahead, None, self.cursor
-        batches, self.cursor = ahead.result() if ahead else self._make(self.cursor)
-        if self._pool:
-            self._ahead = self._pool.submit(self._make, self.cursor)
+        if not self.workers:
+            plan, after = self._plan(self.cursor)
+            batches = self._make(plan)
+        else:
+            self._ahead = self._ahead or Prefetch(self._plan, self._make, self.cursor, workers=self.workers, depth=self.prefetch)
+            batches, after = self._ahead.next()
+        self._before, self.cursor = self.cursor, after
         return batches
 
     def repeat_step(self, micro_batch_size: int) -> list[Batch]:
         """The step that next_step gave last, dealt anew in micro-batches of another size, which also holds from here on."""
-        if self._ahead:
-            self._ahead.result()  # it reads the sizes that change now
+        self.close()  # the threads read the sizes that change now
         self.grad_accum = grad_accum(self.global_batch_size, micro_batch_size=micro_batch_size, dp_size=self.dp_size)
-        self.micro_batch_size, self.cursor, self._ahead = micro_batch_size, self._before, None
+        self.micro_batch_size, self.cursor = micro_batch_size, self._before
         return self.next_step()
+
+    def row_length(self, packs: list[Any]) -> int:
+        """Tokens in each row of a step of these packs, padding included."""
+        if self.order.packing:
+            return self.order.seq_len
+        return _round_up(int(self.order.lengths(np.concatenate(packs)).max()), self.multiple_of)
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Plans the whole epoch when first asked for (with packing: seconds per million samples)."""
@@ -159,14 +174,11 @@ class Loader:
 
     def state(self) -> dict:
         """The state after the last step that next_step returned, as JSON: global, the same on every rank."""
-        c = self.cursor
-        sources = [
-            {"name": cache.name, "hash": cache.hash, "key": asdict(cache.key), "epoch": c.epoch, "taken": c.taken[i], "tokens": c.tokens[i]}
-            for i, cache in enumerate(self.order.caches)
-        ]
+        c, order = self.cursor, self.order
+        sources = [{**source, "epoch": c.epoch} for source in order.source_states(c)]
         where = {"epoch": c.epoch, "window": c.window, "pack": c.pack, "step": c.step}
-        plan = {"plan_hash": self.order.hash(), "plan": self.order.settings()}
-        return {"version": VERSION, "seed": self.order.seed, **where, **plan, "sources": sources, "streams": None}
+        plan = {"plan_hash": order.hash(), "plan": order.settings()}
+        return {"version": VERSION, "seed": order.seed, **where, **plan, "sources": sources, "streams": order.stream_states(c)}
 
     def load_state(self, state: dict) -> None:
         """Continues behind that state's last step, whatever dp_size, micro_batch_size and global_batch_size are now.
@@ -178,35 +190,39 @@ class Loader:
                 raise CheckpointError(_difference(self.state(), state))
             taken, tokens = (tuple(int(source[key]) for source in state["sources"]) for key in ("taken", "tokens"))
             where = {key: int(state[key]) for key in ("epoch", "window", "pack", "step")}
-            cursor = Cursor(**where, taken=taken, tokens=tokens)
+            places = tuple(Place(**place) for place in state["streams"] or ())
+            cursor = Cursor(**where, taken=taken, tokens=tokens, places=places)
             if not self.order.has(cursor):
                 raise ValueError(f"{cursor} is outside of the data's order")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's loader state can't be read: {error!r}; take another checkpoint") from error
+        self.close()
         self.cursor = cursor
-        self._ahead = None
 
     def close(self) -> None:
-        """Ends the prefetching thread."""
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
+        """Ends the threads; the next step begins anew from the cursor."""
+        ahead, self._ahead = self._ahead, None
+        if ahead:
+            ahead.close()
 
-    def _make(self, cursor: Cursor) -> tuple[list[Batch], Cursor]:
-        """A pure function of the cursor, so it may run ahead in a thread."""
+    def _plan(self, cursor: Cursor) -> tuple[Plan, Cursor]:
+        """This rank's rows of a step: a pure function of the cursor, so it may run ahead in a thread; so may _make."""
         packs, after = self.order.take(cursor, self.global_batch_size)
-        t = self.order.seq_len
-        if not self.order.packing:
-            t = _round_up(int(self.order.lengths(np.concatenate(packs)).max()), self.multiple_of)
-        batches = []
+        fillers = [self.order.filler] * self.micro_batch_size
+        rows = []
         for m in range(self.grad_accum):
             first = (m * self.dp_size + self.dp_rank) * self.micro_batch_size
-            mine = packs[first : first + self.micro_batch_size]
-            batches.append(self._collate(mine + [self.order.filler] * (self.micro_batch_size - len(mine)), cursor.epoch, t))
-        return batches, after
+            rows.append((packs[first : first + self.micro_batch_size] + fillers)[: self.micro_batch_size])
+        rows, after = self.order.fetch(rows, cursor, after)
+        return (rows, self.row_length(packs), cursor.epoch), after
 
-    def _collate(self, packs: list[np.ndarray], epoch: int, t: int) -> Batch:
+    def _make(self, plan: Plan) -> list[Batch]:
+        rows, t, epoch = plan
+        return [self._collate(batch, epoch, t) for batch in rows]
+
+    def _collate(self, packs: list[Any], epoch: int, t: int) -> Batch:
         rows, ids = zip(*(self.order.read(pack, epoch) for pack in packs), strict=True)
-        batch = collate(rows, ids, t=t, pad_id=self.pad_id, epoch=epoch)
+        batch = collate(rows, ids, t=t, pad_id=self.pad_id, epoch=epoch, in_units=self.order.in_units)
         if not self.pin_memory:
             return batch
         tensors = {f.name: value.pin_memory() for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}

@@ -2,24 +2,38 @@
 
     epoch 0: window 0 [pack 0, pack 1, ...], window 1 [...], ...     epoch 1: window 0 [...], ...
 
-Several sources are one index space, the second behind the first. Nothing here knows how many processes there are, so the order is
-the same for any number; seeking to a cursor plans one window.
+Several sources are one index space, the second behind the first; mixture.py says which of it an epoch takes. Nothing here knows how many
+processes there are, so the order is the same for any number; seeking to a cursor plans one window.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from torchft.batch import SampleId
 from torchft.data.cache import TokenCache
-from torchft.data.packing import permute, plan_window
+from torchft.data.mixture import Draws, Mixture, whole
+from torchft.data.packing import group_by_length, plan_window
 from torchft.data.types import Encoded
+from torchft.dist import keyed_seed
 
 VERSION = 1  # of the order; a change here makes older cursors invalid
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a virtual stream (streaming.py) goes on: `used` rows, or tokens where documents are cut, of the window that begins at byte
+    `offset` are done."""
+
+    offset: int  # in the bytes of all files
+    used: int = 0
+    passes: int = 0  # over the stream's bytes, before this window
+    rows: int = 0  # made in all
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Cursor:
     step: int  # steps made so far
     taken: tuple[int, ...]  # samples of each source in this epoch
     tokens: tuple[int, ...]  # tokens of each source in all epochs
+    places: tuple[Place, ...] = ()  # of virtual streams, as far as this rank knows
 
 
 class Order:
@@ -40,13 +55,24 @@ class Order:
     filler = np.empty(0, np.int64)  # a row without samples
 
     def __init__(
-        self, caches: Sequence[TokenCache], *, seq_len: int, packing: bool, shuffle: bool, window: int, seed: int, by_length: bool = False
+        self,
+        caches: Sequence[TokenCache],
+        *,
+        seq_len: int,
+        packing: bool,
+        shuffle: bool,
+        window: int,
+        seed: int,
+        mixture: Mixture | None = None,
+        group: int | None = None,
     ):
-        self.caches, self.seed, self.by_length = tuple(caches), seed, by_length
-        self.seq_len, self.packing, self.shuffle, self.window = seq_len, packing, shuffle, window
+        """mixture: None takes every sample once an epoch. group: without packing, so many rows after another are of like length."""
+        self.caches, self.seed, self.in_units = tuple(caches), seed, caches[0].size > 1
+        self.seq_len, self.packing, self.shuffle, self.window, self.group = seq_len, packing, shuffle, window, group
+        self.mixture = mixture or whole([len(cache) for cache in caches])
+        self.draws = Draws(self.mixture, window, shuffle=shuffle, seed=seed)
+        self.num_windows = self.draws.num_windows
         self.starts = np.cumsum([0, *map(len, caches)])  # (sources + 1,): the first sample of each source, then the end
-        self.num_samples = int(self.starts[-1])
-        self.num_windows = -(-self.num_samples // window)
         self.packs = lru_cache(maxsize=4)(self._plan)
         self.num_packs = lru_cache(maxsize=None)(self._count)
 
@@ -65,8 +91,8 @@ class Order:
 
     def samples(self, epoch: int, window: int) -> np.ndarray:
         """The samples of one window in their order: (k,) int64."""
-        samples = np.arange(window * self.window, min((window + 1) * self.window, self.num_samples))
-        return permute(samples, self.num_samples, seed=self.seed, epoch=epoch) if self.shuffle else samples
+        source, place = self.draws.places(epoch, window)
+        return self.starts[source] + place
 
     def num_rows(self, epoch: int) -> int:
         """Rows of a whole epoch."""
@@ -80,21 +106,23 @@ class Order:
         """What stands in a row, and whose it is."""
         places = [(self.caches[source], int(place)) for source, place in zip(*self.locate(pack), strict=True)]
         names = [SampleId(cache.name, epoch, int(cache.indices[place])) for cache, place in places]
-        return [cache.sample(place) for cache, place in places], names
+        return [sequence for cache, place in places for sequence in cache.unit(place)], names
 
     def _plan(self, epoch: int, window: int) -> list[np.ndarray]:
         """The packs of one window as arrays of samples."""
         samples = self.samples(epoch, window)
-        if self.by_length:
-            samples = samples[np.argsort(-self.lengths(samples), kind="stable")]
-        if not self.packing:
-            return list(samples[:, None])
-        return [samples[pack] for pack in plan_window(self.lengths(samples), self.seq_len)]
+        if self.packing:
+            return [samples[pack] for pack in plan_window(self.lengths(samples), self.seq_len)]
+        if self.group:
+            seed = keyed_seed("group", self.seed, epoch, window) if self.shuffle else None
+            before, last = self.draws.num_before(window), window == self.num_windows - 1
+            samples = samples[group_by_length(self.lengths(samples), self.group, before, last=last, seed=seed)]
+        return list(samples[:, None])
 
     def _count(self, epoch: int, windows: int) -> int:
         """Packs in an epoch's first `windows` windows."""
         if not self.packing:
-            return min(windows * self.window, self.num_samples)
+            return self.draws.num_before(windows)
         return sum(len(self._plan(epoch, i)) for i in range(windows))
 
     def start(self) -> Cursor:
@@ -116,20 +144,47 @@ class Order:
             pack += len(part)
             if pack == len(planned):
                 window, pack = window + 1, 0
+        return packs, self._behind(cursor, packs, window, pack)
+
+    def fetch(self, rows: list[list[Any]], before: Cursor, after: Cursor) -> tuple[list[list[Any]], Cursor]:
+        """What has to be read in order before `read`: nothing, where the tokens lie in a cache."""
+        return rows, after
+
+    def source_states(self, cursor: Cursor) -> list[dict[str, Any]]:
+        """Each source's part of a saved state."""
+        return [
+            {"name": cache.name, "hash": cache.hash, "key": asdict(cache.key), "taken": taken, "tokens": tokens}
+            for cache, taken, tokens in zip(self.caches, cursor.taken, cursor.tokens, strict=True)
+        ]
+
+    def stream_states(self, cursor: Cursor) -> list[dict[str, int]] | None:
+        """The places of virtual streams: a cache has none."""
+        return None
+
+    def contents(self, packs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What stands in some rows: the source of each entry (k,), the samples that begin with it, 1 or 0 (k,), its tokens (k,)."""
         samples = np.concatenate(packs)
         source, _ = self.locate(samples)
-        new = np.bincount(source, minlength=len(self.caches))
-        new_tokens = np.bincount(source, weights=self.lengths(samples), minlength=len(self.caches))
-        after = replace(cursor, window=window, pack=pack, step=cursor.step + 1, taken=add_counts(cursor.taken, new))
-        after = replace(after, tokens=add_counts(cursor.tokens, new_tokens))
-        if window == self.num_windows:
-            after = replace(after, epoch=cursor.epoch + 1, window=0, taken=(0,) * len(self.caches))
-        return packs, after
+        return source, np.ones_like(source), self.lengths(samples)
 
-    def settings(self) -> dict[str, int | bool | str]:
-        """What the order depends on beside the seed and the sources."""
-        by_length = {"group_by_length": True} if self.by_length else {}
-        return {"seq_len": self.seq_len, "packing": self.packing, "shuffle": self.shuffle, "window": self.window, **by_length}
+    def _behind(self, cursor: Cursor, packs: Sequence[np.ndarray], window: int, pack: int) -> Cursor:
+        """The cursor behind these packs, the first of which it pointed to; the next is `pack` of `window`."""
+        source, begun, sizes = self.contents(packs)
+        taken, tokens = (np.bincount(source, weights=new, minlength=len(self.caches)) for new in (begun, sizes))
+        after = replace(cursor, window=window, pack=pack, step=cursor.step + 1, taken=add_counts(cursor.taken, taken))
+        after = replace(after, tokens=add_counts(cursor.tokens, tokens))
+        if window == self.num_windows:
+            after = replace(after, epoch=cursor.epoch + 1, window=0, pack=0, taken=(0,) * len(self.caches))
+        return after
+
+    def settings(self) -> dict[str, Any]:
+        """What the order depends on beside the seed and the sources, as JSON; what is not asked for is left out."""
+        settings = {"seq_len": self.seq_len, "packing": self.packing, "shuffle": self.shuffle, "window": self.window}
+        if not self.mixture.is_whole:
+            settings["mixture"] = {key: value for key, value in asdict(self.mixture).items() if key != "sizes"}
+        if self.group:
+            settings["group_by_length"] = f"steps of {self.group}"
+        return settings
 
     def hash(self) -> str:
         """Equal hash, equal order of equal samples."""

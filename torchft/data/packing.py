@@ -54,6 +54,23 @@ def plan_window(lengths: Sequence[int] | np.ndarray, seq_len: int) -> list[list[
     return [sorted(pack) for pack in sorted(packs)]  # before sorting, a pack's first entry is its longest sample
 
 
+def group_by_length(lengths: np.ndarray, size: int, before: int, *, last: bool, seed: int | None) -> np.ndarray:
+    """An order of a window in which each `size` rows that make a step are of like length: positions in `lengths`, each once.
+
+    before: rows in front of the window. A step that a window's border cuts has the longest rows of both sides; an epoch's `last` step,
+    which is filled up, the shortest. The steps' own order is shuffled by `seed`; None: longest first.
+    """
+    n = len(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    head = min(-before % size, n)  # completes the step that the window before began
+    tail = (n - head) % size
+    end, middle = (order[n - tail :], order[head : n - tail]) if last else (order[head : head + tail], order[head + tail :])
+    middle = middle.reshape(-1, size)
+    if seed is not None and len(middle):
+        middle = middle[permute(np.arange(len(middle)), len(middle), seed=seed, epoch=0)]
+    return np.concatenate([order[:head], middle.ravel(), end])
+
+
 def cut(lengths: np.ndarray, start: int, count: int) -> np.ndarray:
     """Tokens start..start + count of documents laid end to end, or as many as there are, as the pieces they are made of.
 

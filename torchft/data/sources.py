@@ -20,6 +20,7 @@ from torchft.data.formats import FORMATS, KEYS, format_digest
 from torchft.data.hub import HUB, Part, hub_files, is_hub_set, open_remote
 from torchft.data.json_files import JSON_SUFFIXES, first_lines, is_array, open_json
 from torchft.data.mapping import Mapping
+from torchft.data.mixture import Share
 from torchft.data.tables import CSV_SUFFIXES, TABLE_SUFFIXES, ArrowRecords, ParquetRecords, open_csv
 from torchft.errors import DataError, Problem
 
@@ -28,7 +29,7 @@ EMPTY = "given no record (empty file, or an empty array), expected at least one"
 
 
 @dataclass
-class SourceConfig:
+class SourceConfig(Share):
     """One data set."""
 
     path: str = "???"  # file, folder or glob: json, jsonl, csv, tsv, parquet, arrow (.gz, .zst); hf://owner/name; a dataset_info.json

@@ -10,14 +10,14 @@ window, token in the window), so the rows are a pure function of the lengths and
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
 from torchft.batch import SampleId
 from torchft.data.cache import TokenCache
-from torchft.data.order import Cursor, Order, add_counts
+from torchft.data.mixture import Mixture
+from torchft.data.order import Cursor, Order
 from torchft.data.packing import cut
 from torchft.data.types import Encoded
 
@@ -27,16 +27,31 @@ class StreamOrder(Order):
 
     filler = np.empty((0, 3), np.int64)  # a row without tokens
 
-    def __init__(self, caches: Sequence[TokenCache], *, seq_len: int, shuffle: bool, window: int, seed: int):
-        super().__init__(caches, seq_len=seq_len, packing=True, shuffle=shuffle, window=window, seed=seed)
-        self.num_tokens = sum(cache.counts.tokens for cache in self.caches)  # of an epoch
+    def __init__(
+        self, caches: Sequence[TokenCache], *, seq_len: int, shuffle: bool, window: int, seed: int, mixture: Mixture | None = None
+    ):
+        super().__init__(caches, seq_len=seq_len, packing=True, shuffle=shuffle, window=window, seed=seed, mixture=mixture)
+        self.num_tokens = sum(cache.counts.tokens for cache in self.caches)  # of an epoch that takes all
         self.window_lengths = lru_cache(maxsize=4)(self._window_lengths)
+        self.tokens_before = lru_cache(maxsize=None)(self._tokens_before)
 
     def num_rows(self, epoch: int) -> int:
-        return -(-self.num_tokens // self.seq_len)
+        return -(-self.tokens_before(epoch, self.num_windows) // self.seq_len)
 
     def rows_before(self, cursor: Cursor) -> int:
-        return (sum(cursor.tokens) - cursor.epoch * self.num_tokens) // self.seq_len
+        return self._tokens_until(cursor) // self.seq_len
+
+    def _tokens_until(self, cursor: Cursor) -> int:
+        """Tokens of the cursor's epoch in front of it: counted, if the epochs before it are known without looking."""
+        if self.mixture.is_whole:
+            return sum(cursor.tokens) - cursor.epoch * self.num_tokens
+        return self.tokens_before(cursor.epoch, cursor.window) + cursor.pack
+
+    def _tokens_before(self, epoch: int, windows: int) -> int:
+        """Tokens of an epoch's first windows."""
+        if self.mixture.is_whole and windows == self.num_windows:
+            return self.num_tokens
+        return sum(int(self._window_lengths(epoch, i)[1].sum()) for i in range(windows))
 
     def read(self, row: np.ndarray, epoch: int) -> tuple[list[Encoded], list[SampleId]]:
         pieces, names = [], []
@@ -50,9 +65,14 @@ class StreamOrder(Order):
         """Whether the cursor points to a token, and the tokens counted before it are whole rows."""
         if not 0 <= cursor.window < self.num_windows:
             return False
-        before = sum(cursor.tokens) - cursor.epoch * self.num_tokens
+        before = self._tokens_until(cursor)
         _, lengths = self.window_lengths(cursor.epoch, cursor.window)
-        return 0 <= cursor.pack < lengths.sum() and 0 <= before < self.num_tokens and before % self.seq_len == 0
+        return (
+            0 <= cursor.pack < lengths.sum()
+            and 0 <= before
+            and before % self.seq_len == 0
+            and (before < self.num_tokens or not self.mixture.is_whole)
+        )
 
     def take(self, cursor: Cursor, count: int) -> tuple[list[np.ndarray], Cursor]:
         """The next step's rows, `count` or what the epoch has left, and the cursor behind them."""
@@ -61,15 +81,12 @@ class StreamOrder(Order):
         while len(rows) < count and window < self.num_windows:
             row, window, token = self._next_row(cursor.epoch, window, token)
             rows.append(row)
+        return rows, self._behind(cursor, rows, window, token)
+
+    def contents(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         pieces = np.concatenate(rows)
         source, _ = self.locate(pieces[:, 0])
-        begun = np.bincount(source[pieces[:, 1] == 0], minlength=len(self.caches))
-        tokens = np.bincount(source, weights=pieces[:, 2] - pieces[:, 1], minlength=len(self.caches))
-        after = replace(cursor, window=window, pack=token, step=cursor.step + 1, taken=add_counts(cursor.taken, begun))
-        after = replace(after, tokens=add_counts(cursor.tokens, tokens))
-        if window == self.num_windows:
-            after = replace(after, epoch=cursor.epoch + 1, window=0, pack=0, taken=(0,) * len(self.caches))
-        return rows, after
+        return source, (pieces[:, 1] == 0).astype(np.int64), pieces[:, 2] - pieces[:, 1]
 
     def settings(self) -> dict[str, int | bool | str]:
         return super().settings() | {"packing": "cut"}

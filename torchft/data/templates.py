@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import json
 import re
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from typing import Literal
 import numpy as np
 
 from torchft.data.named_templates import TEMPLATES, Named, source_for
-from torchft.data.outlines import Tools, fold_thinking, split_thinking
+from torchft.data.outlines import TOOLS, Tools, fold_thinking, split_thinking
 from torchft.data.sandbox import ChatTemplate
 from torchft.data.spans import CACHED, Located, Locator, Turn
 from torchft.data.types import Encoded, Message, Sample
@@ -92,6 +93,7 @@ class Template:
         marks = _any_of([*tokenizer.special_tokens, *reserved])
         self._locator = Locator(jinja, source, frozenset(tokenizer.special_tokens), marks, verified=named is None)
         self._tokens_of: dict[str, list[tuple[int, int, int]]] = {}
+        self._one_at_a_time = threading.Lock()  # rendering counts its steps and keeps skeletons; only tokenising is worth several threads
         known = {**tokenizer.added_words, **tokenizer.special_tokens}
         stops = {known[t] for t in (named.stops if named else ()) if t in known}
         self.stop_ids = tokenizer.stop_ids | stops | self._ends_of_turn()
@@ -125,7 +127,23 @@ class Template:
         plan = self._plan(messages, tools, add_generation_prompt=True)
         return self._tokenizer.encode_parts(plan.parts).ids.tolist()
 
+    def roles(self, messages: Sequence[Message], tools: Tools = ()) -> list[str]:
+        """Who wrote each token that `encode` gives: the role of a message, or `template` (tool descriptions too)."""
+        plan = self._plan(messages, tools, add_generation_prompt=False)
+        pieces = self._tokenizer.encode_parts(plan.parts)
+        stretches = self._locator.locate(self._prepared(messages), tools, frozenset(), add_generation_prompt=False).stretches
+        at = np.searchsorted([stretch.start for stretch in stretches], pieces.starts, side="right") - 1
+        names = {None: "template", TOOLS: "template"} | {i: message.role for i, message in enumerate(messages)}
+        roles = [names[stretches[i].message] for i in at.tolist()]
+        if plan.open_end is None:
+            return roles
+        return [*(role for role, end in zip(roles, pieces.ends, strict=True) if end <= plan.open_end), "template"]  # EOS, added behind
+
     def _plan(self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool) -> "_Plan":
+        with self._one_at_a_time:
+            return self._make_plan(messages, tools, add_generation_prompt=add_generation_prompt)
+
+    def _make_plan(self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool) -> "_Plan":
         self._check_tools(tools)
         messages = self._prepared(messages)
         chosen = frozenset(i for i, m in enumerate(messages) if (m.role == "assistant" if m.train is None else m.train) and m.weight > 0)

@@ -17,7 +17,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from torchft.data.checks import check_data
 from torchft.data.files import BOM, FileRecords, Spans, TextRecords, check_head, is_plain, open_plain, suffix_of, too_long
+from torchft.data.mixture import MixtureConfig, Share
 from torchft.data.sources import SUFFIXES, Records, check_place, index_files, list_files, open_file, part_of
 from torchft.data.types import Encoded
 from torchft.errors import DataError, Problem
@@ -29,7 +31,7 @@ BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
 
 
 @dataclass
-class TextConfig:
+class TextConfig(Share):
     """One source of documents."""
 
     path: str = "???"  # file, folder or glob: txt, md, json, jsonl, csv, tsv, parquet, arrow (.gz, .zst but txt); hf://owner/name
@@ -52,29 +54,25 @@ class TextConfig:
 class TextDataConfig:
     """Section `data` of pretraining."""
 
-    train: list[TextConfig] = field(default_factory=list)  # training sources, one after the other
+    train: list[TextConfig] = field(default_factory=list)  # training sources, put together by `mixture`
     validation: dict[str, TextConfig] = field(default_factory=dict)  # validation sources by name
+    validation_size: float = 0  # held out from each training source: below 1 a share of it, else a number of documents
+    mixture: MixtureConfig = field(default_factory=lambda: MixtureConfig(unit="tokens"))  # what an epoch takes of each training source
     seq_len: int = 2048  # tokens in a row; documents are cut at its end and go on in the next row
     max_bad_records: int = 0  # broken records of a source to leave out, counted and named; 0: the first is an error
     shuffle: bool = True  # a new order of documents in each epoch; false: the files' order
     window: int = 4096  # documents planned at once; part of what the order depends on
     seed: int | None = None  # of the order; null: the run's seed
-    workers: int = 1  # threads that prepare the next step's batches: 0 or 1
+    workers: int = 1  # threads that prepare batches ahead; 0: none
+    prefetch: int = 2  # steps prepared ahead
     cache: str = ".cache/tokens"  # folder of tokenised sources, seen by all processes
+    streaming: bool = False  # tokenise the training source, JSON Lines, as training goes, without a cache; needs train.steps
+    streams: int = 64  # with streaming: places in its files that are read side by side; best a multiple of the rows of a micro-batch
     packing: ClassVar = "cut"
     group_by_length: ClassVar = False
 
     def check(self) -> Iterator[Problem]:
-        if not self.train:
-            yield Problem("data.train", "no source", "at least one source", "add one, e.g. data.train=[{path: book.txt}]")
-        if self.seq_len < 2:
-            yield Problem("data.seq_len", str(self.seq_len), "at least 2", "use e.g. 2048")
-        if self.max_bad_records < 0:
-            yield Problem("data.max_bad_records", str(self.max_bad_records), "0 or more", "use 0 to stop at the first")
-        if self.window < 1:
-            yield Problem("data.window", str(self.window), "at least 1", "use 4096")
-        if self.workers not in (0, 1):
-            yield Problem("data.workers", str(self.workers), "0 or 1", "use 1")
+        yield from check_data(self)
 
 
 def open_documents(cfg: TextConfig) -> Records:

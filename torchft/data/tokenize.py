@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from torchft.data.formats import only_chat, read_record
+from torchft.data.formats import Read, only_chat, read_record
 from torchft.data.mapping import SAME, Mapping
 from torchft.data.masks import EVERY_REPLY, MaskConfig, apply_masks
 from torchft.data.templates import Template
@@ -32,15 +32,17 @@ def encode_all(
     record: dict, where: str, *, template: Template, format: str = "auto", mapping: Mapping = SAME, masks: MaskConfig = EVERY_REPLY
 ) -> dict[str, Encoded]:
     """All that a record holds, by what it is: `chosen` and `rejected`; `good` or `bad`; else `chat` or `text`. An empty text is nothing."""
-    read = read_record(record, where, format, mapping)
-    if isinstance(read, Document):
-        text = _encode_text(read, template)
-        return {} if text is None else {"text": text}
-    if isinstance(read, Pair):
-        return {"chosen": _encode(read.chosen, template, masks), "rejected": _encode(read.rejected, template, masks)}
-    if isinstance(read, Labelled):
-        return {"good" if read.good else "bad": _encode(read.sample, template, masks)}
-    return {"chat": _encode(read, template, masks)}
+    parts = _parts(read_record(record, where, format, mapping))
+    made = {kind: _encode_part(part, template, masks) for kind, part in parts.items()}
+    return {kind: encoded for kind, encoded in made.items() if encoded is not None}
+
+
+def all_roles(
+    record: dict, where: str, *, template: Template, format: str = "auto", mapping: Mapping = SAME, masks: MaskConfig = EVERY_REPLY
+) -> dict[str, list[str] | None]:
+    """Who wrote each token of what `encode_all` gives: a role, or `template`; None: of a text, all of it a document."""
+    parts = _parts(read_record(record, where, format, mapping))
+    return {kind: None if isinstance(part, Document) else _roles(part, template, masks) for kind, part in parts.items()}
 
 
 def describe(encoded: Encoded, tokenizer: Tokenizer, *, color: bool = True) -> str:
@@ -55,6 +57,25 @@ def describe(encoded: Encoded, tokenizer: Tokenizer, *, color: bool = True) -> s
             text = f"{GREEN}«{text}»{PLAIN}" if color else f"«{text}»"
         out += text
     return out
+
+
+def _parts(read: Read) -> dict[str, Sample | Document]:
+    """What is tokenised of a record, by what it is."""
+    if isinstance(read, Document):
+        return {"text": read}
+    if isinstance(read, Pair):
+        return {"chosen": read.chosen, "rejected": read.rejected}
+    if isinstance(read, Labelled):
+        return {"good" if read.good else "bad": read.sample}
+    return {"chat": read}
+
+
+def _encode_part(part: Sample | Document, template: Template, masks: MaskConfig) -> Encoded | None:
+    return _encode_text(part, template) if isinstance(part, Document) else _encode(part, template, masks)
+
+
+def _roles(sample: Sample, template: Template, masks: MaskConfig) -> list[str]:
+    return template.roles(apply_masks(sample.messages, masks, sample.where), sample.tools)
 
 
 def _encode_text(document: Document, template: Template) -> Encoded | None:

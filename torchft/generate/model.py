@@ -18,7 +18,7 @@ from torchft.checkpoint.folder import CheckpointFolder
 from torchft.checkpoint.hf import copy_weights
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST
-from torchft.checkpoint.source import open_source, recorded_base, run_config
+from torchft.checkpoint.source import open_source, recorded_base, run_config, run_tokenizer
 from torchft.data.templates import Template, Thinking, build_template
 from torchft.dtypes import DTYPES
 from torchft.errors import CheckpointError
@@ -68,7 +68,7 @@ def open_model(
     decoder = build_decoder(source.spec, device=device, dtype=dtype)
     report = copy_weights(decoder.named_parameters(), source.tensors)
     log.info("%s: %d tensors in %s on %s", found, report.num_tensors, str(dtype).removeprefix("torch."), device)
-    text = load_tokenizer(local_folder(tokenizer or _tokenizer_folder(found)))
+    text = load_tokenizer(local_folder(tokenizer)) if tokenizer else _own_tokenizer(found)
     if template == "auto" and is_checkpoint(found):
         template = _of_run(found, "tokenizer.template") or "auto"
         thinking = _of_run(found, "tokenizer.thinking") or thinking if thinking == "mixed" else thinking
@@ -105,10 +105,11 @@ def _step_and_try(path: Path) -> tuple[int, int]:
     return int(re.sub(r"\D", "", step) or 0), int(re.sub(r"\D", "", again) or 1)
 
 
-def _tokenizer_folder(found: Path) -> Path:
+def _own_tokenizer(found: Path) -> Tokenizer:
     if not is_checkpoint(found):
-        return found
-    return Path(_of_run(found, "tokenizer.path") or recorded_base(found, {}))
+        return load_tokenizer(found)
+    folder = _of_run(found, "tokenizer.path") or recorded_base(found, {})
+    return run_tokenizer(run_config(found), Path(local_folder(folder)))
 
 
 def _of_run(checkpoint: Path, key: str) -> Any:

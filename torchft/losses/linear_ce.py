@@ -224,7 +224,7 @@ def _statistics(
     """
     local, own = _local_labels(labels, logits.shape[1], vocab)
     top = logits.detach().amax(-1)
-    if vocab:
+    if vocab and vocab.group is not None:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=vocab.group)
     exp = torch.exp(logits - top[:, None])
     rows = [exp.sum(-1), torch.where(own, logits.gather(1, local[:, None]).squeeze(1), 0.0)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchft.batch import Heads, Layout
+from torchft.batch import Heads, Layout, VocabShard
 from torchft.models.block import build_block
 from torchft.models.layers.embedding import build_embedding
 from torchft.models.layers.head import Head
@@ -47,6 +47,8 @@ class Decoder(nn.Module):
             self.norm = build_norm(spec.hidden_size, spec.norm)
             for name, head in spec.heads.items():
                 setattr(self, HEAD_MODULES[name], Head(spec.hidden_size, head, tied=tied and name == "lm"))
+            if spec.padding_rows:
+                self.lm_head.vocab = VocabShard(0, spec.num_tokens, None)
 
     def forward(
         self,
@@ -78,7 +80,8 @@ class Decoder(nn.Module):
         heads = self._heads()
         if reduce is not None:
             return reduce(hidden, heads)
-        assert heads["lm"].vocab is None, "whole logits don't exist under tensor parallelism: pass `reduce`"
+        vocab = heads["lm"].vocab
+        assert vocab is None or vocab.group is None, "whole logits don't exist under tensor parallelism: pass `reduce`"
         return heads["lm"].logits(hidden)
 
     def _embed(self, tokens: Tensor, positions: Tensor, noise: Tensor | None) -> Tensor:

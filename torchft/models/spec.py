@@ -111,6 +111,7 @@ class ModelSpec:
     init_std: float = 0.02
     block: Literal["pre", "sandwich"] = "pre"  # sandwich: a norm before and after attention and MLP (Gemma 2, 3)
     embed_scale: float = 1.0  # the embedding's output is multiplied by it (Gemma)
+    padding_rows: int = 0  # the last rows of the vocabulary stand for no token: logits -inf (models/vocabulary.py)
     learned_positions: bool = False  # an embedding of max_seq_len positions is added (GPT-2)
 
     def __post_init__(self):
@@ -123,6 +124,11 @@ class ModelSpec:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def num_tokens(self) -> int:
+        """The rows of the vocabulary that stand for tokens."""
+        return self.vocab_size - self.padding_rows
 
 
 def rotary_dim(rope: RopeSpec, head_dim: int) -> int:

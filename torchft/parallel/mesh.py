@@ -121,7 +121,8 @@ def check_degrees(degrees: dict[str, int], spec: ModelSpec, cfg: ParallelConfig)
     for name, size in sizes.items():
         if size % tp:
             legal = [d for d in range(1, size + 1) if all(s % d == 0 for s in sizes.values())]
-            yield Problem("parallel.tp", str(tp), f"a divisor of {name}={size}", f"use one of {legal}, or raise parallel.dp_shard instead")
+            other = f"pad the vocabulary by model.vocab.multiple_of={tp}" if name == "vocab_size" else "raise parallel.dp_shard instead"
+            yield Problem("parallel.tp", str(tp), f"a divisor of {name}={size}", f"use one of {legal}, or {other}")
             break
     if tp > 1 and set(spec.heads) != {"lm"}:
         yield Problem("parallel.tp", str(tp), 'a model whose only head is "lm"', "use parallel.tp=1")

@@ -61,7 +61,7 @@ def apply_tp(model: Decoder, mesh: DeviceMesh, *, sequence_parallel: bool) -> No
     _distribute(model.norm, mesh, "norm", stream)
     model.norm.register_forward_hook(lambda module, args, out: _whole_hidden(out))
     rows = model.spec.vocab_size // mesh.size()
-    model.lm_head.vocab = VocabShard(mesh.get_local_rank() * rows, model.spec.vocab_size, mesh.get_group())
+    model.lm_head.vocab = VocabShard(mesh.get_local_rank() * rows, model.spec.num_tokens, mesh.get_group())
     if model.lm_head.weight is not None:
         _partition(model.lm_head, mesh, 0)
 

@@ -10,19 +10,13 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from torchft.errors import DataError
+from torchft.tokenizers.words import LLAMA3_WORDS, QWEN2_WORDS, byte_level
 
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}  # HF's name -> llama.cpp's
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types: special, and matched whole but plain text
-LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-def _words(pattern: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _single_digits() -> pre_tokenizers.PreTokenizer:
@@ -32,8 +26,8 @@ def _single_digits() -> pre_tokenizers.PreTokenizer:
 PRE: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {  # tokenizer.ggml.pre -> how text is split
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": _single_digits,
-    "llama-bpe": lambda: _words(LLAMA3_WORDS),
-    "qwen2": lambda: _words(QWEN2_WORDS),
+    "llama-bpe": lambda: byte_level(LLAMA3_WORDS),
+    "qwen2": lambda: byte_level(QWEN2_WORDS),
 }
 
 

@@ -11,14 +11,14 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from torchft.errors import DataError
-from torchft.tokenizers.load import REQUIRED, Settings
-from torchft.tokenizers.protocol import Part, Pieces, break_inside
+from torchft.tokenizers.protocol import Part, Pieces, break_inside, check_whole
+from torchft.tokenizers.settings import REQUIRED, VOCABULARIES, Settings
 
 # Noncharacters of Unicode, never in text meant for others; one word for each pair of whitespace flags (lstrip, rstrip).
 SEPARATORS = {(left, right): f"\ufdd0\ufdd1\ufdd0{chr(0xFDD2 + 2 * left + right)}" for left in (False, True) for right in (False, True)}
@@ -30,6 +30,7 @@ class HfTokenizer:
 
     def __init__(self, path: Path, settings: Settings):
         tok = _read(path)
+        self._settings, self._new = settings, self._add(tok, settings, path)
         ids_with_bos = tok.encode("a", add_special_tokens=True).ids
         tok.post_processor = None  # adds nothing, and leaves the spaces in the offsets
         added = {token.content: token for token in tok.get_added_tokens_decoder().values()}
@@ -52,8 +53,8 @@ class HfTokenizer:
         reads_bos = ids_with_bos[:1] == [self.bos_id] if settings.adds_bos is None else settings.adds_bos
         self.adds_bos = self.bos_id is not None and reads_bos
         self.chat_template = settings.chat_template
-        self.files = settings.files
-        facts = json.dumps([self.special_tokens, self.named_tokens, self.adds_bos], sort_keys=True)
+        self._content = tok.to_str(pretty=False).encode() if self._new else path.read_bytes()
+        facts = json.dumps([self.special_tokens, self.named_tokens, self.adds_bos, *sorted(self._new)], sort_keys=True)
         self.digest = hashlib.sha256(path.read_bytes() + facts.encode()).hexdigest()
         self._prepare(tok, added, ids.get("unk_token"))
         self._name = str(path)
@@ -77,12 +78,19 @@ class HfTokenizer:
         self._is_special[[i for i in self.special_tokens.values() if i != unk_id]] = True
         lookalikes = sorted(self.special_tokens, key=len, reverse=True)
         self._lookalike = re.compile("|".join(map(re.escape, lookalikes)) or "(?!)")
+        byte_tokens = {tok.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)} if "ByteFallback" in str(tok.decoder) else {}
+        self._byte_of, self._cut_id = {i: b for i, b in byte_tokens.items() if i is not None}, tok.token_to_id(CUT)
         probe = tok.encode(f"a{CUT}a", add_special_tokens=False).tokens
         after_cut = "".join(probe[probe.index(CUT) + 1 :])
         self._prefixes_sections = after_cut.startswith(("▁", "Ġ"))  # Llama's old way: a space before each stretch of text
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_parts([text]).ids.tolist()
+        check_whole([text])
+        ids = self._tok.encode(text, add_special_tokens=False).ids  # without offsets, which cost as much as the encoding
+        found = np.array(ids, np.int32)
+        if (self._is_special[found] | self._is_separator[found]).any():
+            return self.encode_parts([text]).ids.tolist()
+        return ids
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         pieces = self.encode_parts([text])
@@ -98,6 +106,8 @@ class HfTokenizer:
 
     def encode_many(self, chats: Sequence[Sequence[Part]], names: Sequence[str]) -> list[Pieces]:
         """Each as `encode_parts`, on all cores and faster, but a token's span is that of its whole part. Raises DataError with the name."""
+        for parts, name in zip(chats, names, strict=True):
+            check_whole(parts, name)
         stretches = [[] if self._prefixes_sections else self._stretches(parts) for parts in chats]
         flats = ["".join(flat for flat, _, _ in chat) for chat in stretches]
         encodings = self._tok.encode_batch_fast(flats, add_special_tokens=False)
@@ -111,10 +121,46 @@ class HfTokenizer:
         return out
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        return self._tok.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        ids = [int(i) for i in ids]
+        if not self._byte_of:
+            return self._tok.decode(ids, skip_special_tokens=skip_special)
+        if skip_special:
+            ids = [i for i in ids if i not in self._text_of]
+        # The library gives U+FFFD for each byte of a run of byte tokens that is not all whole characters; here whole ones are kept,
+        # so that a text that comes token by token never changes what it began with.
+        runs = [(is_bytes, list(run)) for is_bytes, run in groupby(ids, self._byte_of.__contains__)]
+        filled = [i for is_bytes, run in runs for i in ([self._cut_id] if is_bytes else run)]
+        stretches = self._tok.decode(filled, skip_special_tokens=False).split(CUT)
+        texts = [bytes(self._byte_of[i] for i in run).decode("utf-8", "replace") for is_bytes, run in runs if is_bytes]
+        return "".join(text for pair in zip_longest(stretches, texts, fillvalue="") for text in pair)
+
+    def to_files(self) -> dict[str, bytes]:
+        folder = self._settings.folder
+        files = {name: path.read_bytes() for name in VOCABULARIES if (path := folder / name).is_file()} if not self._new else {}
+        config = folder / "tokenizer_config.json"
+        if self._new:
+            files["tokenizer_config.json"] = self._settings.config_file({}, self._new)
+        elif config.is_file():
+            files["tokenizer_config.json"] = config.read_bytes()
+        return files | self._settings.other_files() | {"tokenizer.json": self._content}
+
+    def _add(self, tok, settings: Settings, path: Path) -> dict[str, int]:
+        """Adds the user's new tokens; their ids."""
+        from tokenizers import AddedToken
+
+        added = tok.get_added_tokens_decoder().values()
+        special = {t.content for t in added if t.special} | {t for t, marked in settings.marked_special.items() if marked}
+        first = max(tok.get_vocab(with_added_tokens=True).values()) + 1
+        new = settings.number_new(special, tok.get_vocab(with_added_tokens=True).keys() - special, first=first, where=str(path))
+        for token in new:
+            tok.add_tokens([AddedToken(token, normalized=False, special=token in settings.new_special)])
+        if any(tok.token_to_id(token) != i for token, i in new.items()):
+            raise DataError(f"{path}: ids with gaps, so new tokens would not come after the largest: add none to this tokenizer")
+        return new
 
     def _encode(self, parts: Sequence[Part]) -> tuple[Pieces, bool]:
         """The pieces, and whether no special token came out of text."""
+        check_whole(parts)
         stretches = self._stretches(parts)
         flat_at = np.cumsum([0, *(len(flat) for flat, _, _ in stretches)])  # where each starts in the flat text
         text_at = np.cumsum([0, *(length for _, length, _ in stretches)])  # and in the parts joined

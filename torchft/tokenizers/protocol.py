@@ -9,10 +9,11 @@ whatever it looks like, so a user can't forge the end of a turn. Two texts side 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from torchft.errors import DataError
 
 Part = str | int  # text, or the id of a special token
 
@@ -42,7 +43,6 @@ class Tokenizer(Protocol):
     named_tokens: dict[str, str]  # "bos_token" -> "<s>", as chat templates see them
     adds_bos: bool  # plain text is to start with BOS (the model was pretrained so)
     chat_template: str | None  # Jinja
-    files: tuple[Path, ...]  # what an exported folder has to hold
     digest: str  # equal digests, equal ids
 
     def encode(self, text: str) -> list[int]:
@@ -60,6 +60,21 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids; bytes that are no whole character become U+FFFD."""
         ...
+
+    def to_files(self) -> dict[str, bytes]:
+        """What an exported folder has to hold, by file name: this library and transformers make the same ids from it."""
+        ...
+
+
+def check_whole(parts: Sequence[Part], name: str = "") -> None:
+    """Raises DataError, naming `name`, for half a surrogate pair in a text: it is no character and has no bytes."""
+    for part in parts:
+        if isinstance(part, str) and not part.isascii():
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                given = f"half a surrogate pair, {part[error.start]!r}, in {part[max(0, error.start - 20) : error.start + 20]!r}"
+                raise DataError(f"{name}{': ' if name else ''}{given}: write the character whole") from error
 
 
 def break_inside(parts: Sequence[Part], lookalike: re.Pattern[str]) -> list[Part]:

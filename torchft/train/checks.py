@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from torchft.data.holdout import held_out_names
 from torchft.data.loader import grad_accum
 from torchft.errors import ConfigError, Problem
 from torchft.log import get_logger
@@ -24,6 +25,9 @@ def check_job(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     yield from _check_batches(cfg, mesh)
     yield from _check_validation(cfg)
     yield from _check_options(cfg, spec, mesh)
+    if cfg.data.streaming and cfg.train.epochs is not None:
+        given, expected = f"{cfg.train.epochs} with data.streaming=true", "train.steps: what is streamed has no known end"
+        yield Problem("train.epochs", given, expected, "set train.steps instead")
     if cfg.precision.params == "bf16" and cfg.optim.lr < PURE_BF16_LR:
         log.warning(
             "precision.params=bf16 with optim.lr=%g: most updates are smaller than bf16 can add and are lost; "
@@ -79,10 +83,12 @@ def _check_batches(cfg, mesh: Mesh) -> Iterator[Problem]:
 
 
 def _check_validation(cfg) -> Iterator[Problem]:
-    if (cfg.validate.every_steps or cfg.validate.at_start) and not cfg.data.validation:
+    names = [*cfg.data.validation, *held_out_names(cfg.data)]
+    if (cfg.validate.every_steps or cfg.validate.at_start) and not names:
         key = "validate.every_steps" if cfg.validate.every_steps else "validate.at_start"
-        yield Problem(key, str(cfg.validate.every_steps or True), "a source in data.validation", "add data.validation.NAME.path")
-    sources = [f"val/{name}/" for name in cfg.data.validation]
+        fix = "add data.validation.NAME.path, or data.validation_size"
+        yield Problem(key, str(cfg.validate.every_steps or True), "a source in data.validation", fix)
+    sources = [f"val/{name}/" for name in names]
     for key, metric in (("checkpoint.best_by", cfg.checkpoint.best_by), ("validate.early_stop.metric", cfg.validate.early_stop.metric)):
         if metric and not any(metric.startswith(source) for source in sources):
             expected = f"a metric of one of {[source + 'loss' for source in sources]}"

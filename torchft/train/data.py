@@ -5,8 +5,9 @@ after that.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,16 @@ import numpy as np
 
 from torchft.batch import Batch
 from torchft.data.cache import CacheKey, TokenCache, build_cache
+from torchft.data.files import find_files
+from torchft.data.holdout import held_out_names, hold_out
+from torchft.data.lines import STREAMED, Lines
 from torchft.data.loader import DataConfig, Loader, evaluation_steps
+from torchft.data.mixture import build_mixture
 from torchft.data.sources import SourceConfig, mapping_of, open_records, resolve
+from torchft.data.streaming import VirtualStreams
 from torchft.data.templates import Template, Thinking, build_template
 from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
-from torchft.data.tokenize import encode_record
+from torchft.data.tokenize import all_roles, encode_all, encode_record
 from torchft.data.truncation import truncate
 from torchft.data.types import Encoded, Message
 from torchft.dist import World
@@ -32,19 +38,21 @@ from torchft.tokenizers.protocol import Tokenizer
 
 log = get_logger(__name__)
 
+MAX_THREADS = 8  # that encode in one process: more wait for each other's Python
 Source = SourceConfig | TextConfig
 
 
 @dataclass
-class TokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
-    template: str = "auto"  # chat template: auto (the tokenizer's own) or a name of docs/data.md, such as chatml
-    thinking: Thinking = "mixed"  # replies with <think> and without; always: each has it; never: left out, and prompts say so
+class TextTokenizerConfig:
+    path: str | None = None  # folder with a tokenizer (docs/tokenizers.md), its file, or a hub id; null: model.path
+    add_tokens: list[str] = field(default_factory=list)  # new tokens that are matched whole in any text, such as <note>
+    add_special_tokens: list[str] = field(default_factory=list)  # new tokens that no text becomes, such as <|tool|>
 
 
 @dataclass
-class TextTokenizerConfig:
-    path: str | None = None  # folder with tokenizer.json or tokenizer.model, or a hub id; null: model.path
+class TokenizerConfig(TextTokenizerConfig):
+    template: str = "auto"  # chat template: auto (the tokenizer's own) or a name of docs/data.md, such as chatml
+    thinking: Thinking = "mixed"  # replies with <think> and without; always: each has it; never: left out, and prompts say so
 
 
 @dataclass(frozen=True)
@@ -69,16 +77,43 @@ def build_text(cfg: TokenizerConfig | TextTokenizerConfig, model_path: str | Non
     if not (cfg.path or model_path):
         fix = "give a folder that has one; scripts/train_tokenizer.py makes one from your own text"
         raise ConfigError(Problem("tokenizer.path", "nothing, and no model.path", "a folder with a tokenizer", fix))
-    tokenizer = load_tokenizer(Path(cfg.path or model_path or ""))
+    new = {"add_tokens": cfg.add_tokens, "add_special_tokens": cfg.add_special_tokens}
+    tokenizer = load_tokenizer(Path(cfg.path or model_path or ""), **new)
     return Text(tokenizer, build_template(cfg.template, tokenizer, thinking=cfg.thinking) if isinstance(cfg, TokenizerConfig) else None)
 
 
-def check_vocabulary(spec: ModelSpec, text: Text) -> Iterator[Problem]:
+def check_vocabulary(spec: ModelSpec, text: Text, cfg: TextTokenizerConfig) -> Iterator[Problem]:
     """A model from scratch or a continued one needs a row for each token of documents; chat models may name tokens they never use."""
     size = text.tokenizer.vocab_size
-    if text.template is None and size > spec.vocab_size:
+    if size <= spec.num_tokens:
+        return
+    if cfg.add_tokens or cfg.add_special_tokens:
+        fix = f"set model.vocab.size={size}, which makes rows for the new tokens"
+        yield Problem("model.vocab.size", str(spec.num_tokens), f"at least the {size} tokens of tokenizer.path and the added ones", fix)
+    elif text.template is None:
         fix = f"set model.spec.vocab_size={-(-size // 64) * 64}, or take the model's own tokenizer"
         yield Problem("model.spec.vocab_size", str(spec.vocab_size), f"at least the tokenizer's {size} tokens", fix)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All tokenised data of a run."""
+
+    train: list[TokenCache]
+    validation: dict[str, TokenCache]  # by name, as in metrics: val/<name>/loss
+
+
+def build_tokens(cfg: DataConfig | TextDataConfig, text: Text, world: World) -> Tokens:
+    """The tokenised sources, made by all ranks together where they don't exist yet, and what is held out of them. Of a source that is
+    streamed there is nothing."""
+    train = [] if cfg.streaming else [build_source(source, text, cfg, world) for source in cfg.train]
+    validation = {name: build_source(source, text, cfg, world) for name, source in cfg.validation.items()}
+    if cfg.validation_size:
+        pairs = [hold_out(cache, cfg.validation_size) for cache in train]
+        train = [rest for rest, _ in pairs]
+        held = dict(zip(held_out_names(cfg), (part for _, part in pairs), strict=True))
+        validation |= {name: replace(part, name=name) for name, part in held.items()}
+    return Tokens(train, validation)
 
 
 def encode_prompts(prompts: Sequence[str], text: Text) -> list[list[int]]:
@@ -97,11 +132,6 @@ def check_prompts(prompts: Sequence[str], spec: ModelSpec, text: Text) -> Iterat
             yield Problem(f"validate.prompts.{i}", f"{len(ids)} tokens", expected, "give a text that the model has room to continue")
 
 
-def build_caches(sources: Iterable[Source], text: Text, cfg: DataConfig | TextDataConfig, world: World) -> list[TokenCache]:
-    """The tokenised sources, made by all ranks together where they don't exist yet."""
-    return [_build_cache(source, text, cfg, world) for source in sources]
-
-
 def data_facts(train: list[TokenCache], validation: Mapping[str, TokenCache]) -> list[dict[str, Any]]:
     """What the sources hold, as JSON values: counts, and the lengths of the kept samples (shortest, median, 95%, longest)."""
     named = [("train", cache.name, cache) for cache in train] + [("validation", name, cache) for name, cache in validation.items()]
@@ -109,28 +139,32 @@ def data_facts(train: list[TokenCache], validation: Mapping[str, TokenCache]) ->
 
 
 def _lengths(cache: TokenCache) -> list[int]:
-    return np.percentile(np.diff(cache.offsets), (0, 50, 95, 100)).astype(int).tolist()
+    return np.percentile(cache.lengths(np.arange(len(cache))), (0, 50, 95, 100)).astype(int).tolist()
 
 
 def build_loader(
     caches: list[TokenCache], cfg: DataConfig | TextDataConfig, rows: Rows, text: Text, *, global_batch_size: int, seed: int
 ) -> Loader:
     """The training loader of this data rank."""
+    seed = seed if cfg.seed is None else cfg.seed
+    sizes, tokens = [len(cache) for cache in caches], [cache.counts.tokens for cache in caches]
     return Loader(
-        caches,
+        open_streams(cfg.train[0], text, cfg, seed) if cfg.streaming else caches,
         seq_len=cfg.seq_len,
         micro_batch_size=rows.micro_batch_size,
         global_batch_size=global_batch_size,
         dp_rank=rows.mesh.dp_rank,
         dp_size=rows.mesh.dp_size,
-        seed=seed if cfg.seed is None else cfg.seed,
+        seed=seed,
         packing=cfg.packing,
         group_by_length=cfg.group_by_length,
         shuffle=cfg.shuffle,
         window=cfg.window,
+        mixture=build_mixture(cfg.train, cfg.mixture, sizes=sizes, tokens=tokens) if caches else None,
         pad_id=text.tokenizer.pad_id,
         multiple_of=rows.multiple_of,
-        prefetch=cfg.workers > 0,
+        workers=cfg.workers,
+        prefetch=cfg.prefetch,
         pin_memory=rows.mesh.device.type == "cuda",
     )
 
@@ -157,6 +191,55 @@ def validation_passes(
     }
 
 
+def build_source(source: Source, text: Text, cfg: DataConfig | TextDataConfig, world: World, run: str | None = None) -> TokenCache:
+    """One tokenised source, made by all of `world`; run: a word shared by them where they are no process group."""
+    threads = min(MAX_THREADS, max(1, (os.cpu_count() or 1) // world.local_size))
+    plan = source_plan(source, text, cfg) | {"max_bad_records": cfg.max_bad_records}
+    return build_cache(cfg.cache, **plan, rank=world.rank, world_size=world.size, run=run, threads=threads, report=log.info)
+
+
+def source_plan(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> dict[str, Any]:
+    """What build_cache needs to know of a source: its records and how they become tokens."""
+    records: Any = open_documents(source) if isinstance(source, TextConfig) else open_records(source)
+    plan = _encoding(source, text, cfg)
+    return {"records": records, **plan, "key": replace(plan["key"], source=records.digest)}
+
+
+def open_streams(source: Source, text: Text, cfg: DataConfig | TextDataConfig, seed: int) -> VirtualStreams:
+    """A source of JSON Lines, read and tokenised as training goes."""
+    plan = _encoding(source, text, cfg)
+    lines = Lines(source.name or Path(source.path).stem, find_files(source.path, STREAMED))
+    return VirtualStreams(
+        lines,
+        plan["encode"],
+        plan.get("truncate"),
+        streams=cfg.streams,
+        seq_len=cfg.seq_len,
+        cuts=cfg.packing == "cut",
+        shuffle=cfg.shuffle,
+        window=cfg.window,
+        seed=seed,
+        encoding=plan["key"].digest,
+        threads=cfg.workers,
+        max_dropped_share=plan.get("max_dropped_share", 1.0),
+    )
+
+
+def encode_with_roles(
+    record: dict, where: str, source: Source, text: Text, cfg: DataConfig | TextDataConfig
+) -> Iterator[tuple[str, Encoded, list[str]]]:
+    """All that a record holds, preference data included: what it is, its tokens in full length, and who wrote each."""
+    if isinstance(source, TextConfig):
+        whole = encode_for(source, text, cfg)(record, where)
+        made, roles = {"text": whole} if whole else {}, {"text": None}
+    else:
+        source = resolve(source)
+        how = {"template": text.template, "format": source.format, "mapping": mapping_of(source), "masks": cfg.masks}
+        made, roles = encode_all(record, where, **how), all_roles(record, where, **how)
+    for kind, encoded in made.items():
+        yield kind, encoded, roles[kind] or ["document"] * len(encoded.ids)
+
+
 def encode_for(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> Callable[[dict, str], Encoded | None]:
     """(record, where) -> tokens of this source, in full length."""
     if isinstance(source, TextConfig):
@@ -165,26 +248,14 @@ def encode_for(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> 
     return partial(encode_record, template=text.template, format=source.format, mapping=mapping_of(source), masks=cfg.masks)
 
 
-def _build_cache(source: Source, text: Text, cfg: DataConfig | TextDataConfig, world: World) -> TokenCache:
-    plan = _documents(source, text) if isinstance(source, TextConfig) else _chats(source, text, cfg)
-    encode = encode_for(source, text, cfg)
-    shared = {"max_bad_records": cfg.max_bad_records, "rank": world.rank, "world_size": world.size, "report": log.info}
-    return build_cache(cfg.cache, encode=encode, **plan, **shared)
-
-
-def _chats(source: SourceConfig, text: Text, cfg: DataConfig) -> dict[str, Any]:
-    """What build_cache needs to know of chats."""
-    records = open_records(source)
+def _encoding(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> dict[str, Any]:
+    """How records become tokens, and the key of that, still without the source's digest."""
+    plan: dict[str, Any] = {"encode": encode_for(source, text, cfg)}
+    if isinstance(source, TextConfig):  # documents are kept whole, so that one cache serves every seq_len
+        return plan | {"key": CacheKey("", "text", text.tokenizer.digest, "", 0, "none")}
     masks = json.dumps(asdict(cfg.masks), sort_keys=True)
-    return {
-        "records": records,
-        "key": CacheKey(records.digest, masks, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
+    return plan | {
+        "key": CacheKey("", masks, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
         "truncate": lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where, keep_end=cfg.masks.replies == "last"),
         "max_dropped_share": cfg.max_dropped_share,
     }
-
-
-def _documents(source: TextConfig, text: Text) -> dict[str, Any]:
-    """The same of documents: whole, so that one cache serves every seq_len."""
-    records = open_documents(source)
-    return {"records": records, "key": CacheKey(records.digest, "text", text.tokenizer.digest, "", 0, "none")}

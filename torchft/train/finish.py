@@ -115,10 +115,9 @@ def _card(run: Run, step: int) -> str:
 def export_hf(cfg, job: Job, folder: Path, *, card: str = "") -> None:
     """The model with tokenizer, chat template and card (Markdown, if there is one), complete, on all ranks together."""
     model = read_assets(cfg.model.path) if cfg.model.path else Assets()
-    files = read_assets(cfg.tokenizer.path).files if cfg.tokenizer.path else model.files
     tokenizer = job.text.tokenizer
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    assets = Assets({key: id for key, id in ids.items() if id is not None} | model.config, model.generation, files)
+    assets = Assets({key: id for key, id in ids.items() if id is not None} | model.config, model.generation, tokenizer.to_files())
     template = job.text.template
     if template is not None and template.source != tokenizer.chat_template:
         assets = assets.with_template(template.source, template.stop_ids)

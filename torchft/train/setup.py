@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torchft.checkpoint.hf import load_hf
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.load import load_weights_only
+from torchft.checkpoint.new_rows import NewRows
 from torchft.checkpoint.store import Store
 from torchft.dtypes import DTYPES
 from torchft.errors import ConfigError, Problem
@@ -24,6 +25,7 @@ from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.init import init_weights
 from torchft.models.layers.attend import choose_core
 from torchft.models.spec import ModelSpec
+from torchft.models.vocabulary import VocabConfig, resize_spec
 from torchft.optim.build import build_optimizer
 from torchft.optim.schedules import ScheduleConfig, build_schedule
 from torchft.parallel.apply import parallelize
@@ -33,9 +35,9 @@ from torchft.parallel.pp import build_stages
 from torchft.train.checks import check_job
 from torchft.train.data import (
     Rows,
-    build_caches,
     build_loader,
     build_text,
+    build_tokens,
     check_prompts,
     check_vocabulary,
     data_facts,
@@ -60,6 +62,7 @@ class ModelConfig:
     init: Literal["weights", "random"] = "weights"  # weights: read them from path; random: fresh from the seed
     train: list[str] = field(default_factory=list)  # parameters to train: globs on names, first:N, last:N (layers); empty: all
     freeze: list[str] = field(default_factory=list)  # parameters to freeze of those, written the same way
+    vocab: VocabConfig = field(default_factory=VocabConfig)  # more tokens than model.path has, and padding of the vocabulary
     attention: Literal["auto", "sdpa", "eager", "flex", "varlen"] = "auto"  # attention core; auto: sdpa, eager if the model caps scores
 
     def check(self) -> Iterator[Problem]:
@@ -123,15 +126,14 @@ def build_job(cfg, run: Run) -> Job:
     """cfg: a recipe's config. Raises ConfigError, DataError or CheckpointError; a rank that fails alone is ended by the launcher."""
     mesh, world = run.mesh, run.world
     use_local_copies(cfg)
-    spec = read_config(cfg.model.path)[0] if cfg.model.path else custom_spec(cfg.model.family, cfg.model.size, cfg.model.spec)
+    spec = resize_spec(read_spec(cfg.model), cfg.model.vocab)
     _raise_if_any(check_job(cfg, spec, mesh))
     text = build_text(cfg.tokenizer, cfg.model.path)
-    _raise_if_any(itertools.chain(check_vocabulary(spec, text), check_prompts(cfg.validate.prompts, spec, text)))
-    train = build_caches(cfg.data.train, text, cfg.data, world)
-    validation = dict(zip(cfg.data.validation, build_caches(cfg.data.validation.values(), text, cfg.data, world), strict=True))
-    run.record(data=data_facts(train, validation))
+    _raise_if_any(itertools.chain(check_vocabulary(spec, text, cfg.tokenizer), check_prompts(cfg.validate.prompts, spec, text)))
+    tokens = build_tokens(cfg.data, text, world)
+    run.record(data=data_facts(tokens.train, tokens.validation))
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
-    loader = build_loader(train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
+    loader = build_loader(tokens.train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps or loader.num_steps(cfg.train.epochs))  # raises if it does not fit
     parts = build_parts(cfg, spec, mesh)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
@@ -171,13 +173,18 @@ def build_job(cfg, run: Run) -> Job:
         store=store,
         rows=replace(rows, micro_batch_size=cfg.validate.micro_batch_size or rows.micro_batch_size),
         data=cfg.data,
-        validation=validation,
+        validation=tokens.validation,
         num_steps=num_steps,
         early_stop=early_stop,
         scaler=scaler,
         neftune=(cfg.train.neftune, cfg.seed) if cfg.train.neftune else None,
         prompts=encode_prompts(cfg.validate.prompts, text),
     )
+
+
+def read_spec(cfg: ModelConfig) -> ModelSpec:
+    """The model as model.path or model.family has it."""
+    return read_config(cfg.path)[0] if cfg.path else custom_spec(cfg.family or "", cfg.size, cfg.spec)
 
 
 def _resume(cfg, spec: ModelSpec, store: Store) -> dict[str, Any] | None:
@@ -247,7 +254,7 @@ def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:
         init_weights(named, spec, cfg.seed)
         log.info("random weights from seed %d", cfg.seed)
     else:
-        report = load_hf(cfg.model.path, spec, named)
+        report = load_hf(cfg.model.path, spec, named, new_rows=NewRows(read_spec(cfg.model), cfg.seed, cfg.model.vocab.noise))
         log.info("weights of %s: %d tensors, %.2f GiB on this rank", cfg.model.path, report.num_tensors, report.num_bytes / 2**30)
 
 

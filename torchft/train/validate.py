@@ -7,6 +7,7 @@ once. A start after this can still fail at a later record, for want of memory, o
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -21,14 +22,14 @@ from torchft.data.truncation import truncate
 from torchft.errors import ConfigError, Problem, TorchftError
 from torchft.generate.model import find_model, is_checkpoint
 from torchft.models.build import read_config
-from torchft.models.custom import custom_spec
 from torchft.models.spec import ModelSpec
+from torchft.models.vocabulary import resize_spec
 from torchft.optim.build import check_rules
 from torchft.optim.schedules import build_schedule
 from torchft.parallel.mesh import Mesh, resolve_degrees
 from torchft.train.checks import check_job
-from torchft.train.data import Text, build_text, encode_for
-from torchft.train.setup import use_local_copies
+from torchft.train.data import Text, TokenizerConfig, build_text, check_vocabulary, encode_for
+from torchft.train.setup import read_spec, use_local_copies
 
 T = TypeVar("T")
 RECORDS = 8  # of each data file
@@ -75,7 +76,8 @@ def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     found.attempt(lambda: use_local_copies(cfg))
     if len(found.problems) > before:
         return
-    spec = found.attempt(lambda: read_config(model.path)[0] if model.path else custom_spec(model.family, model.size, model.spec))
+    base = found.attempt(lambda: read_spec(model))
+    spec = None if base is None else found.attempt(lambda: resize_spec(base, model.vocab))
     degrees = found.attempt(lambda: resolve_degrees(cfg.parallel, num_processes))
     if spec is not None and degrees is not None:
         here = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,7 +85,7 @@ def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     if spec is not None:
         found.add(check_rules(weight_shapes(spec), cfg.optim))
     if spec is not None and model.init == "weights" and not cfg.checkpoint.load:
-        found.attempt(lambda: open_weights(model.path, spec))
+        found.attempt(lambda: open_weights(model.path, base))
     if cfg.train.steps is not None:
         found.attempt(lambda: build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps))
     found.add(_check_output(Path(cfg.output_dir)))
@@ -91,7 +93,8 @@ def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     if text is None:
         return
     if spec is not None:
-        found.add(_check_vocabulary(text, spec))
+        problems = list(check_vocabulary(spec, text, cfg.tokenizer))
+        found.add(iter(problems or _check_vocabulary(text, spec)))
     for source in [*cfg.data.train, *cfg.data.validation.values()]:
         found.problems += _bad_records(source, text, cfg.data)
 
@@ -104,9 +107,9 @@ def _check_output(folder: Path) -> Iterator[Problem]:
 
 def _check_vocabulary(text: Text, spec: ModelSpec) -> Iterator[Problem]:
     size = text.tokenizer.vocab_size
-    if size > spec.vocab_size:
+    if size > spec.num_tokens:
         fix = "take the tokenizer that belongs to the model"
-        yield Problem("tokenizer.path", f"a tokenizer of {size} ids", f"at most the model's {spec.vocab_size}", fix)
+        yield Problem("tokenizer.path", f"a tokenizer of {size} ids", f"at most the model's {spec.num_tokens}", fix)
 
 
 def _bad_records(source: SourceConfig, text: Text, cfg) -> list[str]:
@@ -137,5 +140,6 @@ def _check_generation(cfg, num_processes: int, found: _Findings) -> None:
         if spec is not None:
             found.attempt(lambda: open_weights(path, spec))
             if not cfg.prompts.raw:
-                found.attempt(lambda: build_text(cfg.tokenizer, str(path)))
+                chosen = TokenizerConfig(**asdict(cfg.tokenizer))
+                found.attempt(lambda: build_text(chosen, str(path)))
     found.attempt(lambda: read_prompts(cfg.prompts))

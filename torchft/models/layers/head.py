@@ -48,7 +48,7 @@ def num_padding_rows(projection: LinearProjection) -> int:
 
 
 class Head(nn.Module):
-    """A linear head of the final hidden state. `vocab` is set by tensor parallelism."""
+    """A linear head of the final hidden state. `vocab` is set where the vocabulary is padded, and by tensor parallelism."""
 
     def __init__(self, hidden_size: int, spec: HeadSpec, *, tied: bool):
         super().__init__()
