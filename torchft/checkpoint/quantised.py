@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.checkpoint.agreement import agreed
 from torchft.checkpoint.hf import LoadReport, Weights, copy_weights, weight_shapes, weights_of
 from torchft.checkpoint.tensor_files import LazyTensor, open_tensors
+from torchft.dist import agreed
 from torchft.errors import CheckpointError
 from torchft.models.build import FAMILIES
 from torchft.models.keys import map_from_hf
