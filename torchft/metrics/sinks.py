@@ -26,6 +26,9 @@ from torchft.metrics.trackers import TRACKERS, Tracked, missing_packages
 log = get_logger(__name__)
 
 
+SHOWN = 8  # entries of a list on the console
+
+
 @dataclass
 class MetricsConfig:
     """What is logged, how often and where to."""
@@ -76,7 +79,7 @@ class ConsoleSink:
         self._print(row["step"], train_text(row, eta_s) if "loss" in row else validation_text(row))
 
     def event(self, event: Row) -> None:
-        details = "  ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "step", "event"))
+        details = "  ".join(f"{key}={_short(value)}" for key, value in event.items() if key not in ("time", "step", "event"))
         self._print(event["step"], f"{event['event']}  {details}")
 
     def close(self) -> None:
@@ -171,6 +174,13 @@ def train_text(row: Row, eta_s: float | None) -> str:
 def validation_text(row: Row) -> str:
     """The console's words for a validation row."""
     return "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key.startswith("val/"))
+
+
+def _short(value: Any) -> str:
+    """A detail for a line of the console: of a long list the first few."""
+    if isinstance(value, list) and len(value) > SHOWN:
+        return f"{', '.join(map(str, value[:SHOWN]))} and {len(value) - SHOWN} more"
+    return str(value)
 
 
 def _warn(name: str, error: BaseException) -> None:

@@ -220,8 +220,8 @@ class Run:
                     close()
         except TorchftError as later:
             told = error or later
-        if error is not None:
-            told = explain(error, self.place, self.cfg, self._sizes_now())
+        if told is not None:
+            told = explain(told, self.place, self.cfg, self._sizes_now())
             samples = {"samples": list(told.samples)} if isinstance(told, NumericError) else {}
             self.sinks.event("failed", self.step + 1, kind=type(told).__name__, reason=redact_text(str(told)), **samples)
         self._close(told)
