@@ -25,7 +25,9 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("template, thinking", [("auto", "mixed"), ("chatml", "mixed"), ("qwen3", "mixed"), ("qwen3", "never"), ("alpaca", "mixed")])
+@pytest.mark.parametrize(
+    "template, thinking", [("auto", "mixed"), ("chatml", "mixed"), ("qwen3", "mixed"), ("qwen3", "never"), ("alpaca", "mixed")]
+)
 def test_training_chat_generate_and_export(tmp_path, monkeypatch, transformers, template, thinking):
     """The prompts of chat and generation are equal and begin the trained ids; the exported folder, read by this library or by
     transformers, gives those ids again."""
@@ -34,7 +36,10 @@ def test_training_chat_generate_and_export(tmp_path, monkeypatch, transformers, 
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": turns[:-1]}) + "\n")
     how = [f"tokenizer.template={template}", f"tokenizer.thinking={thinking}", f"data.train.0.path={tmp_path / 'chats.jsonl'}"]
-    assert train([*arguments(tmp_path / "run", tmp_path / "cache", *how), "train.steps=1", "schedule.warmup_steps=0", "data.truncation=error"]) == 0
+    assert (
+        train([*arguments(tmp_path / "run", tmp_path / "cache", *how), "train.steps=1", "schedule.warmup_steps=0", "data.truncation=error"])
+        == 0
+    )
     (encoded,) = open_cache(next((tmp_path / "cache").glob("chats-*"))).unit(0)
     trained = encoded.ids.tolist()
     folder = next((tmp_path / "run" / "export").glob("step_*"))
