@@ -3,8 +3,8 @@
     derived: fsdp = dp_shard x cp (parameters are sharded over it; dp_replicate stands apart)
              dp   = dp_replicate x dp_shard (who gets which batches; counts)      data = dp x cp (gradients, metrics)
 
-Degrees are checked against the number of processes and the model before anything is allocated. The combinations that
-tests/dist holds equal to one process are listed in SUPPORTED; any other raises.
+Degrees are checked against the number of processes and the model before anything is allocated. pp, dp_replicate, dp_shard and tp
+go together in any combination; tests/dist holds each equal to one process (the matrix in docs/parallelism.md is made from its cells).
 """
 
 import math
@@ -21,11 +21,6 @@ from torchft.errors import ConfigError, Problem
 from torchft.models.spec import ModelSpec
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-SUPPORTED = (
-    {"dp_replicate", "dp_shard"},  # FSDP2, HSDP
-    {"dp_shard", "tp"},
-    {"dp_shard", "pp"},
-)
 
 
 @dataclass
@@ -115,11 +110,9 @@ def resolve_degrees(cfg: ParallelConfig, world_size: int) -> dict[str, int]:
 
 
 def check_degrees(degrees: dict[str, int], spec: ModelSpec, cfg: ParallelConfig) -> Iterator[Problem]:
-    """What the model does not allow, and combinations no test covers."""
-    used = {axis for axis, degree in degrees.items() if degree > 1}
-    if not any(used <= allowed for allowed in SUPPORTED):
-        allowed = "; ".join(" x ".join(sorted(s)) for s in SUPPORTED)
-        yield Problem("parallel", " x ".join(sorted(used)), f"one of: {allowed}", "set the other axes to 1")
+    """What the model does not allow, and what is not built."""
+    if degrees["cp"] > 1:
+        yield Problem("parallel.cp", str(degrees["cp"]), "1: context parallelism is not built yet", "use parallel.tp or shorter sequences")
     tp, pp = degrees["tp"], degrees["pp"]
     sizes = {
         "num_heads": spec.attention.num_heads,
