@@ -23,7 +23,7 @@ from torchft.checkpoint.hf import open_weights, weight_shapes
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST, STATE, TensorInfo, hash_weights, read_listed, read_manifest, verify
 from torchft.checkpoint.new_rows import NewRows, cut
-from torchft.checkpoint.peft_files import factors_of
+from torchft.checkpoint.peft_files import factors_of, plain_lora
 from torchft.checkpoint.reader import load_tensors, read_index
 from torchft.checkpoint.tensor_files import LazyTensor
 from torchft.config.show import read_saved
@@ -33,6 +33,7 @@ from torchft.models.build import read_config
 from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.spec import ModelSpec
 from torchft.models.vocabulary import VocabConfig, resize_spec, without_padding
+from torchft.peft.inits import STARTS_AT_WEIGHTS, starting_factors
 from torchft.peft.lora import LoraConfig
 from torchft.tokenizers.load import load_tokenizer
 from torchft.tokenizers.protocol import Tokenizer
@@ -92,7 +93,7 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
         )
     kept = open_weights(base, trained, new_rows=new_rows).tensors if frozen and base is not None else {}
     held = {name: _trained(path / "model", name, saved[name]) if name in saved else kept[name] for name in shapes}
-    held = merged(held, adapter) if adapter else held
+    held = merged(held, _with_start(adapter, held, config)) if adapter else held
     spec = without_padding(trained)
     tensors = {name: cut(held[name], shape[0]) for name, shape in weight_shapes(spec).items()}
     return ModelSource(spec, tensors, _run_assets(config, base))
@@ -144,6 +145,21 @@ def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any]) -
         return Adapter(tensors, factors_of(LoraConfig(**section), names))
     base = read_config(recorded_base(path, {}))[0]
     return Adapter(tensors, open_adapter(Path(start), base).factors)
+
+
+def _with_start(adapter: Adapter, base: dict[str, LazyTensor], config: dict[str, Any]) -> Adapter:
+    """An adapter that began as a part of the base's weights, which is not in the checkpoint, with that part taken out again."""
+    section = config.get("adapter") or {}
+    if section.get("path") or section.get("init") not in STARTS_AT_WEIGHTS:
+        return adapter
+    tensors = dict(adapter.tensors)
+    for module, factor in adapter.factors.items():
+        names = f"{module}.lora_a", f"{module}.lora_b"
+        rank, weight = tensors[names[0]].shape[0], base[f"{module}.weight"].read(())
+        start = dict(zip((f"{module}.lora_start_a", f"{module}.lora_start_b"), starting_factors(section["init"], weight, rank, factor)))
+        for name, tensor in plain_lora({name: tensors[name].read(()) for name in names} | start).items():
+            tensors[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.__getitem__)
+    return replace(adapter, tensors=tensors)
 
 
 def _check_fit(path: Path, origin: str, shapes: dict[str, tuple[int, ...]], saved: dict[str, TensorInfo]) -> None:
