@@ -209,7 +209,7 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One tensor to save; the same list on every rank."""
 
     name: str
@@ -238,7 +238,7 @@ def save_hf(
     on_rank_0(lambda: _check_free(folder))
     spec = without_padding(spec)
     written = [replace(item, shape=shape) for item, shape in zip(items, weight_shapes(spec).values(), strict=True)]
-    gathered = (_gather(held.get(item.name), item) for item in items)
+    gathered = (gather(held.get(item.name), item) for item in items)
     tensors = (whole if whole is None else whole[: item.shape[0]] for whole, item in zip(gathered, written))
     failure: Exception | None = None
     if rank() == 0:
@@ -251,25 +251,29 @@ def save_hf(
     agreed(lambda: _check_written(folder, failure))
 
 
-def _agree_on_items(held: Mapping[str, Tensor | LazyTensor], spec: ModelSpec, dtype: torch.dtype | None) -> list[_Item]:
-    """The tensors to save, in the model's order, checked against the spec; equal on all ranks."""
-    mine = {name: (tuple(tensor.shape), dtype or tensor.dtype) for name, tensor in held.items()}
-    by_rank = gather_objects(mine)
-    shapes = weight_shapes(spec)
+def list_items(held: Mapping[str, Tensor | LazyTensor], dtype: torch.dtype | None = None) -> dict[str, Item]:
+    """All ranks' tensors by name, with the lowest rank that holds each; equal on all ranks. A collective."""
+    by_rank = gather_objects({name: (tuple(tensor.shape), dtype or tensor.dtype) for name, tensor in held.items()})
     owners = {name: owner for owner in reversed(range(len(by_rank))) for name in by_rank[owner]}
-    missing, extra = [n for n in shapes if n not in owners], [n for n in owners if n not in shapes]
+    return {name: Item(name, *by_rank[owner][name], owner) for name, owner in owners.items()}
+
+
+def _agree_on_items(held: Mapping[str, Tensor | LazyTensor], spec: ModelSpec, dtype: torch.dtype | None) -> list[Item]:
+    """The tensors to save, in the model's order, checked against the spec; equal on all ranks."""
+    found, shapes = list_items(held, dtype), weight_shapes(spec)
+    missing, extra = [n for n in shapes if n not in found], [n for n in found if n not in shapes]
     if missing or extra:
         raise CheckpointError(
             f"the model to save is not the one of its spec: missing {missing[:4]}, unexpected {extra[:4]}\n"
             "  fix: merge or save adapters separately, and give all the model's parameters"
         )
-    items = [_Item(name, *by_rank[owners[name]][name], owners[name]) for name in shapes]
+    items = [found[name] for name in shapes]
     wrong = [f"{item.name}: {item.shape}, expected {shapes[item.name]}" for item in items if item.shape != shapes[item.name]]
     assert not wrong, f"parameters of another shape than the spec's: {wrong[:4]}"
     return items
 
 
-def _gather(held: Tensor | LazyTensor | None, item: _Item) -> Tensor | None:
+def gather(held: Tensor | LazyTensor | None, item: Item) -> Tensor | None:
     """The whole tensor on rank 0, None or anything elsewhere. A collective of the owner's mesh, then a send if that lacks rank 0."""
     whole = None
     if isinstance(held, LazyTensor):
@@ -301,7 +305,7 @@ def _check_written(folder: Path, failure: Exception | None) -> None:
         raise CheckpointError(f"{folder} could not be written: {failure}\n  fix: free space, or choose another folder")
 
 
-def _write_folder(folder: Path, spec: ModelSpec, assets: Assets, items: list[_Item], tensors: Iterable[Tensor], shard_bytes: int) -> None:
+def _write_folder(folder: Path, spec: ModelSpec, assets: Assets, items: list[Item], tensors: Iterable[Tensor], shard_bytes: int) -> None:
     """Rank 0's part: into a hidden folder beside the target, which gets its name when all of it is on the disk."""
     names = [item.name for item in items]
     stored = [stored_as(FAMILIES[spec.family].KEYS, name) for name in names]

@@ -32,6 +32,8 @@ from torchft.parallel.apply import parallelize
 from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
+from torchft.peft.lora import apply_lora
+from torchft.train.adapter import init_adapter, lora_of
 from torchft.train.checks import check_job
 from torchft.train.data import (
     Rows,
@@ -238,7 +240,10 @@ def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     core = choose_core(cfg.model.attention, spec.attention)
     log.info("attention: %s", core)
     modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core)
-    apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
+    if adapter := getattr(cfg, "adapter", None):
+        apply_lora(modules, lora_of(adapter, spec))
+    else:
+        apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
     parts = parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
     parts.agrees_on_memory = cfg.train.auto_micro_batch
     return parts
@@ -246,7 +251,7 @@ def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
 
 def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:
     """The weights a new run starts from: another run's checkpoint, a HF folder, or the seed."""
-    named = list(parts.named_parameters(copies=True))
+    named = [(name, parameter) for name, parameter in parts.named_parameters(copies=True) if ".lora_" not in name]
     if cfg.checkpoint.load:
         load_weights_only(Path(cfg.checkpoint.load), parts)
         log.info("weights of %s", cfg.checkpoint.load)
@@ -256,6 +261,8 @@ def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:
     else:
         report = load_hf(cfg.model.path, spec, named, new_rows=NewRows(read_spec(cfg.model), cfg.seed, cfg.model.vocab.noise))
         log.info("weights of %s: %d tensors, %.2f GiB on this rank", cfg.model.path, report.num_tensors, report.num_bytes / 2**30)
+    if adapter := getattr(cfg, "adapter", None):
+        init_adapter(adapter, spec, parts, cfg.seed)
 
 
 def row_multiple(mesh: Mesh) -> int:
