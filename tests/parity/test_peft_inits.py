@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers.tiny import relative_error
-from tests.parity.test_families import T, hf_model, ours, reopened, run
+from tests.parity.test_families import T, hf_model, ours, run
 from tests.parity.test_peft import BASE, with_peft
 from torchft.checkpoint.adapters import load_adapter, merged, open_adapter, save_adapter
 from torchft.checkpoint.source import open_source

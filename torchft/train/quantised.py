@@ -3,6 +3,7 @@
 quant.format=nf4 | int8: model.path is quantised as it streams in          gptq | awq: model.path is stored so and kept as it is
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +14,18 @@ from torchft.checkpoint.agreement import agreed
 from torchft.checkpoint.hf import LoadReport, load_hf
 from torchft.checkpoint.new_rows import NewRows
 from torchft.checkpoint.quantised import load_packed, read_stored
-from torchft.errors import Problem
+from torchft.errors import CheckpointError, ConfigError, Problem
 from torchft.models.build import read_config
 from torchft.models.spec import ModelSpec
 from torchft.parallel.fsdp import PrecisionConfig
 from torchft.parallel.parts import Parts
 from torchft.quant.stored import StoredFormat
 from torchft.quant.swap import QuantConfig, apply_quant, check_stored, quantised_modules
+
+
+def has_quant(cfg) -> bool:
+    """True for a recipe whose base may be quantised."""
+    return hasattr(cfg, "quant")
 
 
 def quant_of(cfg) -> QuantConfig:
@@ -29,15 +35,20 @@ def quant_of(cfg) -> QuantConfig:
 
 def stored_of(cfg, spec: ModelSpec) -> StoredFormat | None:
     """How model.path is packed; None for a plain one."""
-    if not cfg.model.path or not hasattr(cfg, "quant"):
+    if not cfg.model.path or not has_quant(cfg):
         return None
     return agreed(lambda: read_stored(cfg.model.path, spec, read_config(cfg.model.path, packed=True)[1]))
 
 
 def check_quant(cfg, spec: ModelSpec) -> Iterator[Problem]:
-    """What a quantised base does not go with. Raises ConfigError or CheckpointError for a packed folder that can't be read."""
+    """What a quantised base does not go with, and what of a packed folder can't be read."""
     quant = quant_of(cfg)
-    yield from check_stored(quant, stored_of(cfg, spec))
+    try:
+        yield from check_stored(quant, stored_of(cfg, spec))
+    except ConfigError as error:
+        yield from error.problems
+    except CheckpointError as error:
+        yield Problem("model.path", str(cfg.model.path), "a packed folder of this model", str(error))
     if quant.format is None:
         return
     if cfg.model.init == "random":
@@ -69,6 +80,6 @@ def load_base(cfg, spec: ModelSpec, parts: Parts, parameters: Iterable[tuple[str
     return load_packed(Path(cfg.model.path), spec, parameters, layers, stored)
 
 
-def describe_quant(cfg) -> str:
-    """What a checkpoint says of how its frozen base was quantised."""
-    return " ".join(f"{key}={value}" for key, value in asdict(quant_of(cfg)).items() if key != "compute")
+def describe_quant(cfg) -> dict[str, str]:
+    """What a checkpoint says of how its frozen base was quantised; nothing if it was not."""
+    return {"quant": json.dumps(asdict(quant_of(cfg)), sort_keys=True)} if quant_of(cfg).format else {}
