@@ -6,6 +6,7 @@ set_adapter(model, one) | set_adapter(model, combine([one, two], [0.7, 0.3])) | 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,8 +24,9 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         raise CheckpointError(f"{len(weights)} weights for {len(adapters)} adapters\n  expected: one each\n  fix: give as many weights")
     if any(adapter.dora for adapter in adapters):
         raise CheckpointError("a DoRA adapter can't be added to others: it scales what they change\n  fix: merge it into the base first")
-    if len({adapter.base for adapter in adapters if adapter.base}) > 1:
+    if len({(adapter.base, adapter.quant) for adapter in adapters if adapter.base}) > 1:
         raise CheckpointError("the adapters were trained on different bases\n  fix: combine adapters of one base")
+    origin = next((adapter for adapter in adapters if adapter.base), adapters[0])
     tensors: dict[str, LazyTensor] = {}
     modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.factors))
     for module in modules:
@@ -32,7 +34,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         wide = [{half: adapter.tensors[f"{module}.lora_{half}"].read(()) for half in "ab"} for adapter, _ in parts]
         tensors[f"{module}.lora_a"] = _held(torch.cat([pair["a"] for pair in wide]))
         tensors[f"{module}.lora_b"] = _held(torch.cat([factor * pair["b"] for pair, (_, factor) in zip(wide, parts)], dim=1))
-    return Adapter(tensors, dict.fromkeys(modules, 1.0), next((adapter.base for adapter in adapters if adapter.base), None))
+    return replace(origin, tensors=tensors, factors=dict.fromkeys(modules, 1.0))
 
 
 def set_adapter(model: Decoder, adapter: Adapter | None) -> None:

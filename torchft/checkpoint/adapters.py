@@ -41,6 +41,7 @@ class Adapter:
     tensors: dict[str, LazyTensor]
     factors: dict[str, float]
     base: str | None = None  # SHA-256 of the base's weights, if the file says
+    quant: str | None = None  # how the base was quantised while the adapter trained, as JSON; None: it was not, or the file does not say
 
     def ranks(self) -> dict[str, int]:
         return {module: self.tensors[f"{module}.lora_a"].shape[0] for module in self.factors}
@@ -82,7 +83,7 @@ def open_adapter(folder: Path, spec: ModelSpec) -> Adapter:
         raise CheckpointError(f"{folder / WEIGHTS} has not exactly {expected} of {', '.join(incomplete[:4])}\n  fix: take the file again")
     shapes = weight_shapes(spec)
     places = map_from_hf(FAMILIES[spec.family].KEYS, [f"{module}.weight" for module in halves], shapes, where=str(folder))
-    adapter = Adapter({}, {}, _origin(folder).get("base"))
+    adapter = Adapter({}, {}, _origin(folder).get("base"), _origin(folder).get("quant"))
     for ours, stored in places.stored.items():
         module, pair = ours.removesuffix(".weight"), halves[stored.name.removesuffix(".weight")]
         adapter.tensors[f"{module}.lora_a"] = pair["A"]
@@ -176,7 +177,7 @@ def save_adapter(
 ) -> None:
     """Writes the adapter as PEFT does, whole or not at all, and reads it back. All ranks call it with what they hold; rank 0 writes.
 
-    base: {path, sha256} of the model it belongs to. trained: a step with a learning rate was taken, so an adapter that does nothing is
+    base: {path, sha256} of the model it belongs to, and {quant} if it was quantised. trained: a step with a learning rate was taken, so an adapter that does nothing is
     an error. Raises CheckpointError on every rank.
     """
     held = {name: tensor for name, tensor in parameters if ".lora_" in name}
@@ -200,7 +201,10 @@ def _write(folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], cfg: LoraC
     try:
         write_durably(temporary / WEIGHTS, save({name: tensor.contiguous() for name, tensor in peft.items()}, metadata={"format": "pt"}))
         write_durably(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
-        write_durably(temporary / ORIGIN, json.dumps({"base": base["sha256"]}).encode() + b"\n")
+        write_durably(
+            temporary / ORIGIN,
+            json.dumps({"base": base["sha256"], **({"quant": base["quant"]} if "quant" in base else {})}).encode() + b"\n",
+        )
         for problem in _problems(temporary, spec, peft, trained):
             raise CheckpointError(f"the adapter that was written is not right: {problem}; it was removed")
         sync_folder(temporary)

@@ -14,6 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="the HF folder the adapter was trained on (default: what adapter_config.json names)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the merged weights (default: the base's)")
+    parser.add_argument(
+        "--values",
+        choices=("original", "dequantised"),
+        help="of the base, for an adapter of a quantised one: as in its files, or as it was trained on (default)",
+    )
     parser.add_argument("--shard-size", type=shard_bytes, default="5GB", help="largest weights file, in MB or GB (default 5GB)")
     parser.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or where rounding loses it")
 
@@ -31,10 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     from torchft.checkpoint.adapters import merge_loss, merged
     from torchft.dtypes import DTYPES
     from torchft.errors import ConfigError, Problem
-    from torchft.train.export import export_hf_folder, open_for_merge
+    from torchft.train.export import export_hf_folder, open_for_merge, quantisation_error
 
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    source, adapter = open_for_merge(arguments.adapter, arguments.base, weights=arguments.weights, force=arguments.force)
+    weights, values = arguments.weights, arguments.values
+    source, adapter = open_for_merge(arguments.adapter, arguments.base, weights=weights, force=arguments.force, values=values)
     loss = merge_loss(source.tensors, adapter, dtype)
     if loss > MAX_LOSS and not arguments.force:
         given = f"{arguments.dtype or 'that of the base'}, whose rounding errors are {loss:.0%} of the adapter's changes"
@@ -42,4 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     whole = type(source)(source.spec, merged(source.tensors, adapter, wide=dtype is not None), source.assets)
     export_hf_folder(whole, "", arguments.out, dtype=dtype, shard_bytes=arguments.shard_size)
     print(f"{arguments.out}: {len(adapter.factors)} layers merged; rounding errors are {loss:.1%} of the adapter's changes")
+    if adapter.quant and arguments.values == "original":
+        error = quantisation_error(source, adapter)
+        print(f"the base it was trained on was quantised: those values lie {error:.1f} times the adapter's changes from the original's")
     return 0

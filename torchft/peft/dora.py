@@ -47,7 +47,7 @@ class DoraMixin(LoraMixin):
         pairs = [(self.lora_a, self.lora_factor * self.lora_b)]
         if self.starts_at_weights:
             pairs.append((self.lora_start_a, -self.lora_factor * self.lora_start_b))
-        norm = adapted_norm(self.weight.detach(), pairs)
+        norm = adapted_norm(self.weight.detach().to(self.lora_a.dtype), pairs)
         return norm.to(self.lora_magnitude.dtype)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.init import fill_blocks
+from torchft.models.select import matches, select_modules
 from torchft.peft.dora import DoraMixin
 from torchft.peft.linear import LoraMixin
-from torchft.peft.select import matches, select_modules
 
 
 @dataclass

@@ -3,28 +3,33 @@
 RUN --step latest|best|N--> checkpoint, verified --> ModelSource --> OUT/: safetensors, tokenizer, README.md | NAME-q8_0.gguf, Modelfile
 """
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from math import sqrt
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from torchft.checkpoint.adapter_sets import combine
-from torchft.checkpoint.adapters import Adapter, open_adapter
+from torchft.checkpoint.adapters import Adapter, merged, open_adapter
 from torchft.checkpoint.folder import step_of
 from torchft.checkpoint.gguf_out import Kind, write_gguf
 from torchft.checkpoint.hf import save_hf
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST, hash_weights, sync_folder
 from torchft.checkpoint.peft_files import CONFIG
+from torchft.checkpoint.quantised import dequantised
 from torchft.checkpoint.source import ModelSource, open_source
 from torchft.data.ollama import modelfile
 from torchft.data.templates import build_template
 from torchft.errors import CheckpointError, DataError
 from torchft.models.hf_config import read_json
+from torchft.quant.swap import QuantConfig
 from torchft.tokenizers.load import tokenizer_of
 from torchft.train.card import model_card
 from torchft.train.record import checkpoint_at, read_run
@@ -40,11 +45,17 @@ def open_export(path: Path, step: str, *, base: Path | None = None, files: str =
 
 
 def open_for_merge(
-    folders: Sequence[Path], base: Path | None, *, weights: Sequence[float] | None = None, force: bool = False
+    folders: Sequence[Path],
+    base: Path | None,
+    *,
+    weights: Sequence[float] | None = None,
+    force: bool = False,
+    values: Literal["original", "dequantised"] | None = None,
 ) -> tuple[ModelSource, Adapter]:
     """A base model (null: the one the first adapter names) and its adapter, or the weighted sum of several, nothing of the base read yet.
 
-    Raises CheckpointError for another base than an adapter was trained on, as far as it says; `force` takes it all the same.
+    Raises CheckpointError for another base than an adapter was trained on, as far as it says; `force` takes it all the same. values: of
+    the base of an adapter that was trained on a quantised one: as in its files, or dequantised, which is what the adapter saw (None: that).
     """
     first = folders[0]
     if base is None:
@@ -62,7 +73,25 @@ def open_for_merge(
                 f"{folder} was trained on another base than {base}: their weights differ\n  fix: give its own base, or --force"
             )
     one = len(adapters) == 1 and weights is None
-    return source, adapters[0] if one else combine(adapters, [1.0] * len(adapters) if weights is None else weights)
+    adapter = adapters[0] if one else combine(adapters, [1.0] * len(adapters) if weights is None else weights)
+    if values == "dequantised" and not adapter.quant:
+        raise CheckpointError(f"{first} does not say that its base was quantised\n  fix: merge with --values original")
+    if adapter.quant and values != "original":
+        source = open_source(base, quant=QuantConfig(**json.loads(adapter.quant)))
+    return source, adapter
+
+
+def quantisation_error(source: ModelSource, adapter: Adapter) -> float:
+    """How far the base that the adapter saw lies from the original `source`: the norm of the differences over that of the adapter's
+    changes."""
+    seen = dequantised(source.tensors, source.spec, QuantConfig(**json.loads(adapter.quant or "{}")))
+    changed = merged(source.tensors, adapter, wide=True)
+    lost = change = 0.0
+    for name in (f"{module}.weight" for module in adapter.factors):
+        before = source.tensors[name].read(()).double()
+        lost += (seen[name].read(()) - before).square().sum().item()
+        change += (changed[name].read(()) - before).square().sum().item()
+    return sqrt(lost / change) if change else 0.0
 
 
 def export_hf_folder(source: ModelSource, card: str, out: Path, *, dtype: torch.dtype | None, shard_bytes: int) -> None:
