@@ -177,8 +177,8 @@ def save_adapter(
 ) -> None:
     """Writes the adapter as PEFT does, whole or not at all, and reads it back. All ranks call it with what they hold; rank 0 writes.
 
-    base: {path, sha256} of the model it belongs to, and {quant} if it was quantised. trained: a step with a learning rate was taken, so an adapter that does nothing is
-    an error. Raises CheckpointError on every rank.
+    base: {path, sha256} of the model it belongs to, and {quant} if it was quantised. trained: a step with a learning rate was taken, so
+    an adapter that does nothing is an error. Raises CheckpointError on every rank.
     """
     held = {name: tensor for name, tensor in parameters if ".lora_" in name}
     items = list_items(held)
