@@ -177,8 +177,8 @@ def save_adapter(
 ) -> None:
     """Writes the adapter as PEFT does, whole or not at all, and reads it back. All ranks call it with what they hold; rank 0 writes.
 
-    base: {path, sha256} of the model it belongs to, and {quant} if it was quantised. trained: a step with a learning rate was taken, so an adapter that does nothing is
-    an error. Raises CheckpointError on every rank.
+    base: {path, sha256} of the model it belongs to, and {quant} if it was quantised. trained: a step with a learning rate was taken, so
+    an adapter that does nothing is an error. Raises CheckpointError on every rank.
     """
     held = {name: tensor for name, tensor in parameters if ".lora_" in name}
     items = list_items(held)
@@ -201,10 +201,8 @@ def _write(folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], cfg: LoraC
     try:
         write_durably(temporary / WEIGHTS, save({name: tensor.contiguous() for name, tensor in peft.items()}, metadata={"format": "pt"}))
         write_durably(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
-        write_durably(
-            temporary / ORIGIN,
-            json.dumps({"base": base["sha256"], **({"quant": base["quant"]} if "quant" in base else {})}).encode() + b"\n",
-        )
+        origin = {"base": base["sha256"]} | ({"quant": base["quant"]} if "quant" in base else {})
+        write_durably(temporary / ORIGIN, json.dumps(origin).encode() + b"\n")
         for problem in _problems(temporary, spec, peft, trained):
             raise CheckpointError(f"the adapter that was written is not right: {problem}; it was removed")
         sync_folder(temporary)

@@ -82,4 +82,5 @@ def load_base(cfg, spec: ModelSpec, parts: Parts, parameters: Iterable[tuple[str
 
 def describe_quant(cfg) -> dict[str, str]:
     """What a checkpoint says of how its frozen base was quantised; nothing if it was not."""
-    return {"quant": json.dumps(asdict(quant_of(cfg)), sort_keys=True)} if quant_of(cfg).format else {}
+    values = {key: value for key, value in asdict(quant_of(cfg)).items() if key != "compute"}  # compute changes no value of the base
+    return {"quant": json.dumps(values, sort_keys=True)} if values["format"] else {}
