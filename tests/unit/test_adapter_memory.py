@@ -71,7 +71,7 @@ def measured(quant: QuantConfig, lora: LoraConfig) -> tuple[int, int, int, int]:
 
 @pytest.mark.parametrize("quant", FORMATS, ids=["nf4", "nf4-single", "int8", "plain"])
 def test_closed_form_is_what_a_model_holds(quant: QuantConfig):
-    """Frozen weights, adapters, gradients and optimizer state, to the last byte; no frozen weight has a gradient, a moment or a wide copy."""
+    """Frozen weights, adapters, gradients and optimizer state, to the last byte; no frozen weight has more than itself."""
     lora = LoraConfig(rank=4)
     names, ranks = held(SPEC, quant, lora)
     want = adapter_memory(weight_shapes(SPEC), names, ranks, quant)

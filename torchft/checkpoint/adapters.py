@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from torchft.checkpoint.agreement import agreed, on_rank_0
 from torchft.checkpoint.hf import copy_weights, gather, list_items, weight_shapes
 from torchft.checkpoint.manifest import sync_folder, write_durably
 from torchft.checkpoint.peft_files import CONFIG, KEY, WEIGHTS, WITH_PEFT, check_config, factor_in_files, rows_of, to_peft
 from torchft.checkpoint.tensor_files import LazyTensor, open_file
+from torchft.dist import agreed, on_rank_0
 from torchft.errors import CheckpointError
 from torchft.models.build import FAMILIES
 from torchft.models.hf_config import read_json

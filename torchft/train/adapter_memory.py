@@ -55,8 +55,11 @@ def adapter_memory(
     trained_bytes: int = 4,
     shards: int = 1,
 ) -> AdapterMemory:
-    """shapes: of all weights of the model (checkpoint/hf.py: weight_shapes). quantised: the names of those that are packed. ranks: module ->
-    rank of its adapter. frozen_bytes, trained_bytes: a number of the compute precision and of precision.params. shards: dp_shard x tp."""
+    """shapes: of all weights of the model (weight_shapes of checkpoint/hf.py). quantised: the names of those that are packed.
+
+    ranks: module -> rank of its adapter. frozen_bytes, trained_bytes: a number of the compute precision and of precision.params.
+    shards: dp_shard x tp.
+    """
     packed = set(quantised)
     base = sum(packed_bytes(shape, quant) if name in packed else frozen_bytes * math.prod(shape) for name, shape in shapes.items())
     trained = trained_bytes * sum(rank * sum(shapes[f"{module}.weight"]) for module, rank in ranks.items())

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from torchft.checkpoint.agreement import agreed
 from torchft.checkpoint.hf import LoadReport, load_hf
 from torchft.checkpoint.new_rows import NewRows
 from torchft.checkpoint.quantised import load_packed, read_stored
+from torchft.dist import agreed
 from torchft.errors import CheckpointError, ConfigError, Problem
 from torchft.models.build import read_config
 from torchft.models.spec import ModelSpec
