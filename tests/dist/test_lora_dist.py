@@ -12,9 +12,11 @@ from torchft.dtypes import DTYPES
 from torchft.losses.cross_entropy import CrossEntropy
 from torchft.models.init import fill_blocks, init_weights
 from torchft.parallel.apply import parallelize
+from torchft.parallel.compile import CompileConfig
 from torchft.parallel.fsdp import PrecisionConfig
 from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
 from torchft.parallel.pp import build_stages
+from torchft.parallel.recompute import MemoryConfig
 from torchft.peft.inits import init_adapters
 from torchft.peft.lora import LoraConfig, apply_lora
 from torchft.train.step import NonFinite, train_step
@@ -30,16 +32,18 @@ LAYOUTS = {
     "hsdp2x2": (4, {"dp_replicate": 2}),
     "dp2-tp2": (4, {"tp": 2}),
     "dp2-pp2": (4, {"pp": 2}),
+    "dp2-compile-recompute": (2, {}),
 }
 
 
-def train(world: int, parallel: dict, kind: str, dtype: str) -> tuple[dict, dict, list[float]]:
+def train(world: int, parallel: dict, kind: str, dtype: str, wrapped: bool = False) -> tuple[dict, dict, list[float]]:
     """Gradients of the first step, weights after the fifth, losses."""
     spec, cfg, lora = tiny_llama(qkv_bias=True), ParallelConfig(**parallel), LoraConfig(rank=4, **KINDS[kind])
     mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
     modules = build_stages(spec, mesh, DTYPES[dtype])
     apply_lora(modules, lora)
-    parts = parallelize(modules, mesh, cfg, precision=PrecisionConfig(params=dtype))
+    memory, compile = MemoryConfig(recompute="full" if wrapped else "none"), CompileConfig(enabled=wrapped, backend="aot_eager")
+    parts = parallelize(modules, mesh, cfg, precision=PrecisionConfig(params=dtype), memory=memory, compile=compile)
     named = list(parts.named_parameters(copies=True))
     init_weights(((n, p) for n, p in named if ".lora_" not in n), spec, SEED)
     init_adapters(parts.modules, lora, SEED)
@@ -74,15 +78,15 @@ def alone(kind: str, dtype: str):
     return train(1, {}, kind, dtype)
 
 
-def all_kinds(world: int, parallel: dict) -> dict:
-    return {(kind, dtype): train(world, parallel, kind, dtype) for kind in KINDS for dtype in ("fp64", "fp32")}
+def all_kinds(world: int, parallel: dict, wrapped: bool) -> dict:
+    return {(kind, dtype): train(world, parallel, kind, dtype, wrapped) for kind in KINDS for dtype in ("fp64", "fp32")}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_equal_one_process(layout: str) -> None:
     """Every gradient of step 1, every adapter weight after step 5 and every loss: fp64 to 1e-9, fp32 to 1e-5."""
     world, parallel = LAYOUTS[layout]
-    ranks = run_dist(all_kinds, world, world, parallel, timeout=180)
+    ranks = run_dist(all_kinds, world, world, parallel, "recompute" in layout, timeout=180)
     for (kind, dtype), tolerance in ((key, 1e-9 if key[1] == "fp64" else 1e-5) for key in ranks[0]):
         want, seen = alone(kind, dtype), set()
         for grads, weights, losses in (rank[kind, dtype] for rank in ranks):

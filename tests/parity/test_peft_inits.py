@@ -11,7 +11,6 @@ from torchft.checkpoint.adapters import load_adapter, merged, open_adapter, save
 from torchft.checkpoint.source import open_source
 from torchft.errors import CheckpointError
 from torchft.models.build import read_config
-from torchft.models.init import fill_blocks
 from torchft.peft.inits import init_adapters
 from torchft.peft.lora import LoraConfig, apply_lora
 
@@ -30,12 +29,13 @@ def adapted_model(folder, cfg: LoraConfig):
 
 def move(model) -> None:
     """Trained adapters away from their first values."""
-    for name, p in model.named_parameters():
-        if name.endswith(".lora_b"):
-            fill_blocks(name, p, lambda shape, g: p.detach() + torch.empty(shape).normal_(0, 0.1, generator=g), 1)
-        elif name.endswith(".lora_magnitude"):
-            with torch.no_grad():
-                p.mul_(1 + 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".lora_b"):
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+            elif name.endswith(".lora_magnitude"):
+                p.mul_(1 + 0.1 * torch.randn(p.shape, generator=generator))
 
 
 def saved(model, cfg, folder):

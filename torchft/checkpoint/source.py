@@ -159,8 +159,9 @@ def _with_start(adapter: Adapter, base: dict[str, LazyTensor], config: dict[str,
     tensors = dict(adapter.tensors)
     for module, factor in adapter.factors.items():
         names = f"{module}.lora_a", f"{module}.lora_b"
-        rank, weight = tensors[names[0]].shape[0], base[f"{module}.weight"].read(())
-        start = dict(zip((f"{module}.lora_start_a", f"{module}.lora_start_b"), starting_factors(section["init"], weight, rank, factor)))
+        (rank, _), dtype = tensors[names[0]].shape, tensors[names[0]].dtype  # that of the run's weights and factors
+        pair = starting_factors(section["init"], base[f"{module}.weight"].read(()).to(dtype), rank, factor)
+        start = {f"{module}.lora_start_{half}": tensor.to(dtype) for half, tensor in zip("ab", pair)}
         for name, tensor in plain_lora({name: tensors[name].read(()) for name in names} | start).items():
             tensors[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.__getitem__)
     return replace(adapter, tensors=tensors)

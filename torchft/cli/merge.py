@@ -1,4 +1,4 @@
-"""`torchft merge ADAPTER --base BASE --out DIR`: a base model with a LoRA adapter added into its weights, as a HF folder."""
+"""`torchft merge ADAPTER [ADAPTER ...] --out DIR`: a base model with LoRA adapters added into its weights, as a HF folder."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,8 @@ MAX_LOSS = 0.5  # rounding errors over the adapter's changes: at 1 nothing of th
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="a folder with adapter_config.json: a run's adapter/step_N, or PEFT's")
+    parser.add_argument("adapter", type=Path, nargs="+", help="a folder with adapter_config.json: a run's adapter/step_N, or PEFT's")
+    parser.add_argument("--weights", type=numbers, help="of several adapters, what each is multiplied by: 0.7,0.3 (default: 1 each)")
     parser.add_argument("--base", type=Path, help="the HF folder the adapter was trained on (default: what adapter_config.json names)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the merged weights (default: the base's)")
@@ -22,6 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or where rounding loses it")
 
 
+def numbers(text: str) -> list[float]:
+    """0.7,0.3 -> [0.7, 0.3]."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"given {text!r}, expected numbers with commas between, such as 0.7,0.3") from None
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Merges and prints what rounding cost."""
     from torchft.checkpoint.adapters import merge_loss, merged
@@ -30,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     from torchft.train.export import export_hf_folder, open_for_merge, quantisation_error
 
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    source, adapter = open_for_merge(arguments.adapter, arguments.base, force=arguments.force, values=arguments.values)
+    weights, values = arguments.weights, arguments.values
+    source, adapter = open_for_merge(arguments.adapter, arguments.base, weights=weights, force=arguments.force, values=values)
     loss = merge_loss(source.tensors, adapter, dtype)
     if loss > MAX_LOSS and not arguments.force:
         given = f"{arguments.dtype or 'that of the base'}, whose rounding errors are {loss:.0%} of the adapter's changes"

@@ -22,6 +22,8 @@ class DoraMixin(LoraMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         base = super(LoraMixin, self).forward(x)
+        if not self.lora_on:
+            return base
         scale = self.lora_magnitude / self.norm()
         if self.bias is None:
             return scale * (base + self.update(x))
@@ -33,7 +35,7 @@ class DoraMixin(LoraMixin):
 
     def norm(self) -> Tensor:
         """||W + s B A|| of every row: (out,) in the parameters' dtype, without gradient."""
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._norm()
         key = tuple((id(p), p._version) for p in (self.lora_a, self.lora_b))
         if self._kept is None or self._kept[0] != key:

@@ -106,7 +106,16 @@ def adapted(whole: Sequence[nn.Module], cfg: LoraConfig) -> list[str]:
 @cache
 def lora_class_of(base: type[nn.Module], mixin: type = LoraMixin) -> type[nn.Module]:
     """The class that a module of class `base` is swapped to."""
-    return type(f"{mixin.__name__.removesuffix('Mixin')}{base.__name__}", (mixin, base), {})
+    return type(f"{mixin.__name__.removesuffix('Mixin')}{base.__name__}", (mixin, base), {"lora_base": base})
+
+
+def remove_lora(root: nn.Module) -> None:
+    """Takes all adapters off a model that is not sharded: its linear layers are what they were."""
+    for module in root.modules():
+        if isinstance(module, LoraMixin):
+            for name in [name for name, _ in module.named_parameters(recurse=False) if name.startswith("lora_")]:
+                delattr(module, name)
+            module.__class__ = module.lora_base
 
 
 def init_lora(named_parameters: Iterable[tuple[str, Tensor]], seed: int) -> None:
