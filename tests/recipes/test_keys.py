@@ -26,6 +26,8 @@ ELSEWHERE = {
     "plugins": ("tests/unit/test_config.py", "plugins"),  # config/load.py imports them
     "checkpoint.best_mode": ("tests/unit/test_store.py", "best_mode"),
     "checkpoint.overwrite": ("tests/unit/test_store.py", "overwrite"),
+    "checkpoint.max_failures": ("tests/faults/test_async_save.py", "max_failures=2"),
+    "train.spike.window": ("tests/faults/test_numbers.py", "window=8"),
     "schedule.allow_change": ("tests/recipes/test_full_finetune.py", "allow_change"),
     "train.nonfinite.action": ("tests/dist/test_data_parallel.py", 'NonFinite(action="skip")'),
     "train.nonfinite.max_in_row": ("tests/recipes/test_options.py", "max_in_row=2"),
@@ -132,6 +134,7 @@ def drive(recipe: str, folder: Path) -> None:
         assert main([*argv(folder / str(number)), *SHORT, *more]) == 0
     if recipe == "lora_finetune":  # a merged model is made of a base that has weights
         base = [f"model.path={make_model(folder / 'hf')}", "model.init=weights", "export.hf=true"]
+        base += ["quant.format=nf4", "quant.block_size=32"]
         assert main([*argv(folder / "merged"), *SHORT, *base]) == 0
     for name in SCHEDULES:
         build_schedule(ScheduleConfig(name, min_ratio=0.1, boundaries=[2], factors=[0.5]), 1.0, 10)(8)

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from torchft.checkpoint.agreement import agreed, on_rank_0
 from torchft.checkpoint.hf import copy_weights, gather, list_items, weight_shapes
 from torchft.checkpoint.manifest import sync_folder, write_durably
 from torchft.checkpoint.peft_files import CONFIG, KEY, WEIGHTS, WITH_PEFT, check_config, factor_in_files, rows_of, to_peft
 from torchft.checkpoint.tensor_files import LazyTensor, open_file
+from torchft.dist import agreed, on_rank_0
 from torchft.errors import CheckpointError
 from torchft.models.build import FAMILIES
 from torchft.models.hf_config import read_json
@@ -201,10 +201,8 @@ def _write(folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], cfg: LoraC
     try:
         write_durably(temporary / WEIGHTS, save({name: tensor.contiguous() for name, tensor in peft.items()}, metadata={"format": "pt"}))
         write_durably(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
-        write_durably(
-            temporary / ORIGIN,
-            json.dumps({"base": base["sha256"], **({"quant": base["quant"]} if "quant" in base else {})}).encode() + b"\n",
-        )
+        origin = {"base": base["sha256"]} | ({"quant": base["quant"]} if "quant" in base else {})
+        write_durably(temporary / ORIGIN, json.dumps(origin).encode() + b"\n")
         for problem in _problems(temporary, spec, peft, trained):
             raise CheckpointError(f"the adapter that was written is not right: {problem}; it was removed")
         sync_folder(temporary)

@@ -21,13 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchft.checkpoint.agreement import agreed, on_rank_0
 from torchft.checkpoint.assets import Assets, write_assets
 from torchft.checkpoint.fused import join, joined_bytes, part_of
 from torchft.checkpoint.manifest import sync_folder
 from torchft.checkpoint.new_rows import NewRows, grown
 from torchft.checkpoint.tensor_files import LazyTensor, TensorWriter, open_tensors
-from torchft.dist import comm_device, gather_objects, rank, shard_indices
+from torchft.dist import agreed, comm_device, gather_objects, on_rank_0, rank, shard_indices
 from torchft.errors import CheckpointError
 from torchft.models.build import FAMILIES
 from torchft.models.decoder import build_decoder

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchft.checkpoint.agreement import agreed
 from torchft.checkpoint.hf import LoadReport, Weights, copy_weights, open_weights, weight_shapes, weights_of
 from torchft.checkpoint.new_rows import NewRows
 from torchft.checkpoint.tensor_files import LazyTensor, open_tensors
+from torchft.dist import agreed
 from torchft.errors import CheckpointError
 from torchft.models.build import FAMILIES, read_config
 from torchft.models.decoder import build_decoder

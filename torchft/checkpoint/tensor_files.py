@@ -57,7 +57,7 @@ def open_tensors(folder: Path, *, packed: bool = False) -> dict[str, LazyTensor]
         raise CheckpointError(f"{folder} holds both {SINGLE} and {INDEX}\n  fix: delete the one that is left over from an older save")
     if not index.is_file():
         _check_single(folder, single)
-        return open_file(file_in(folder, SINGLE, suffix=".safetensors", source=str(folder)), packed)
+        return open_file(file_in(folder, SINGLE, suffix=".safetensors", source=str(folder)), packed=packed)
     weight_map = read_json(index, max_bytes=INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map\n  expected: {{tensor name: file name}}\n  fix: take the file again")
@@ -85,7 +85,7 @@ def _check_single(folder: Path, single: Path) -> None:
 def _open_shards(index: Path, weight_map: Mapping[str, str], paths: Mapping[str, Path], packed: bool) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for file_name, path in paths.items():
-        found = open_file(path, packed)
+        found = open_file(path, packed=packed)
         wrong = [name for name in found if weight_map.get(name) != file_name]
         if wrong:
             raise CheckpointError(
@@ -100,8 +100,8 @@ def _open_shards(index: Path, weight_map: Mapping[str, str], paths: Mapping[str,
     return tensors
 
 
-def open_file(path: Path, packed: bool = False) -> dict[str, LazyTensor]:
-    """All tensors of one safetensors file; packed: int32 ones too. Raises CheckpointError if it is damaged or holds others."""
+def open_file(path: Path, *, packed: bool = False) -> dict[str, LazyTensor]:
+    """All tensors of one safetensors file. packed: integers too. Raises CheckpointError if it is damaged or holds other types."""
     _check_header(path)
     try:
         file = safe_open(path, framework="pt")

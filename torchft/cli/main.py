@@ -22,6 +22,7 @@ VERBS = {
     "diff": ("torchft.cli.diff", "the keys in which two configs or run folders differ"),
     "report": ("torchft.cli.report", "write a run's report.html: curves, config, data, checkpoints, warnings"),
     "compare": ("torchft.cli.compare", "several runs side by side: final numbers, differing settings, curves"),
+    "ckpt": ("torchft.cli.ckpt", "list, show, verify, compare, prune or keep a run's checkpoints"),
     "chat": ("torchft.cli.chat", "talk to a model in the terminal"),
     "generate": ("torchft.cli.generate", "continue the prompts of a file"),
     "convert": ("torchft.cli.convert", "write a model as a complete HF folder"),

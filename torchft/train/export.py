@@ -21,6 +21,7 @@ from torchft.checkpoint.folder import step_of
 from torchft.checkpoint.gguf_out import Kind, write_gguf
 from torchft.checkpoint.hf import save_hf
 from torchft.checkpoint.hub import local_folder
+from torchft.checkpoint.listing import checkpoint_at
 from torchft.checkpoint.manifest import MANIFEST, hash_weights, sync_folder
 from torchft.checkpoint.peft_files import CONFIG
 from torchft.checkpoint.quantised import dequantised
@@ -32,7 +33,7 @@ from torchft.models.hf_config import read_json
 from torchft.quant.swap import QuantConfig
 from torchft.tokenizers.load import tokenizer_of
 from torchft.train.card import model_card
-from torchft.train.record import checkpoint_at, read_run
+from torchft.train.record import read_run
 
 
 def open_export(path: Path, step: str, *, base: Path | None = None, files: str = "safetensors") -> tuple[ModelSource, str]:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torchft.checkpoint.agreement import on_rank_0
 from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.folder import BEST, step_name, step_of
 from torchft.checkpoint.hf import save_hf
 from torchft.checkpoint.hub import HUB_ID, TO_LOG_IN, has_token, push_folder
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.store import Store
-from torchft.dist import broadcast_object, wait_for_rank_0
+from torchft.dist import broadcast_object, on_rank_0, wait_for_rank_0
 from torchft.dtypes import DTYPES
 from torchft.errors import CheckpointError, Problem, TorchftError
 from torchft.log import get_logger
@@ -73,7 +72,7 @@ class AdapterExportConfig(ExportConfig):
 def finish_run(cfg, run: Run, job: Job) -> int:
     """Saves and, unless the run was asked to stop, exports; writes plots/ and summary.json; the process's exit code."""
     job.loader.close()
-    if run.stopped or cfg.checkpoint.save_at_end:
+    if run.step and (run.stopped or cfg.checkpoint.save_at_end):
         job.store.save(run.step, required=True)
     folder = None if run.stopped else _export(cfg, run, job)
     if run.world.rank == 0:
@@ -169,6 +168,7 @@ def report(run: Run, job: Job) -> None:
     rows = read_rows(run.folder / "metrics.jsonl")
     saved = sorted(path.name for path in (run.folder / "checkpoints").glob("step_*") if path.is_dir())
     summary = summarise(rows, run_dir=run.folder, wall_s=time.monotonic() - run.started, skipped=run.skipped_steps, checkpoints=saved)
+    summary["goodput"] = run.goodput.summary()
     write_summary(run.folder / "summary.json", summary)
     print(summary_text(summary), flush=True)
     if rows:

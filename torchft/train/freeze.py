@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import nn
 
-from torchft.checkpoint.agreement import on_rank_0
 from torchft.checkpoint.manifest import hash_weights
+from torchft.dist import on_rank_0
 from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import build_decoder
 from torchft.models.spec import ModelSpec

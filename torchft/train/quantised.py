@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from torchft.checkpoint.agreement import agreed
 from torchft.checkpoint.hf import LoadReport, load_hf
 from torchft.checkpoint.new_rows import NewRows
 from torchft.checkpoint.quantised import load_packed, read_stored
+from torchft.dist import agreed
 from torchft.errors import CheckpointError, ConfigError, Problem
 from torchft.models.build import read_config
 from torchft.models.spec import ModelSpec
@@ -82,4 +82,5 @@ def load_base(cfg, spec: ModelSpec, parts: Parts, parameters: Iterable[tuple[str
 
 def describe_quant(cfg) -> dict[str, str]:
     """What a checkpoint says of how its frozen base was quantised; nothing if it was not."""
-    return {"quant": json.dumps(asdict(quant_of(cfg)), sort_keys=True)} if quant_of(cfg).format else {}
+    values = {key: value for key, value in asdict(quant_of(cfg)).items() if key != "compute"}  # compute changes no value of the base
+    return {"quant": json.dumps(values, sort_keys=True)} if values["format"] else {}
