@@ -35,6 +35,8 @@ LAYOUTS = {
     "hsdp2x2": (4, {"dp_replicate": 2}),
     "dp2-tp2": (4, {"tp": 2}),
     "dp2-pp2": (4, {"pp": 2}),
+    "tp2-pp2": (4, {"tp": 2, "pp": 2}),
+    "dp2-tp2-pp2": (8, {"tp": 2, "pp": 2}),
     "dp2-compile-recompute": (2, {}),
 }
 
@@ -92,7 +94,10 @@ def all_kinds(world: int, parallel: dict, wrapped: bool) -> dict:
     return {(kind, dtype): train(world, parallel, kind, dtype, wrapped=wrapped) for kind, dtype in RUNS}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+FULL = pytest.mark.full  # of `make test-full`: what the others are made of
+
+
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=FULL if world == 8 else ()) for name, (world, _) in LAYOUTS.items()])
 def test_layouts_equal_one_process(layout: str) -> None:
     """Every gradient of step 1, every adapter weight after step 5 and every loss: fp64 to 1e-9, fp32 to 1e-5."""
     world, parallel = LAYOUTS[layout]
