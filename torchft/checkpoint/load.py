@@ -14,7 +14,7 @@ from torchft.checkpoint import state as states
 from torchft.checkpoint.agreement import agreed, on_rank_0, over_ranks
 from torchft.checkpoint.folder import CheckpointFolder
 from torchft.checkpoint.manifest import MANIFEST, Manifest, TensorInfo, read_manifest, read_state, verify, wrong_hashes
-from torchft.checkpoint.reader import load_tensors
+from torchft.checkpoint.reader import ADVICE, load_tensors
 from torchft.checkpoint.state import Difference, HasParameters
 from torchft.dist import rank, world_size
 from torchft.errors import CheckpointError
@@ -104,7 +104,7 @@ def raise_if_damaged(path: Path, how: Thoroughness) -> None:
     """CheckpointError that names every damaged file of a checkpoint."""
     problems = problems_of(path, how)
     if problems:
-        raise CheckpointError(f"{path} is not a good checkpoint:\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{path} is not a good checkpoint:\n  " + "\n  ".join(problems) + ADVICE)
 
 
 def problems_of(path: Path, how: Thoroughness) -> list[str]:
