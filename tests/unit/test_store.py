@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -393,9 +394,20 @@ def test_config_check() -> None:
     assert {problem.key for problem in bad.check()} == {f"checkpoint.{key}" for key in expected}
 
 
+def test_a_small_disk_is_told_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Room for three of the four checkpoints that keep_last=3 may need at once: a warning with both sizes; room for all: none."""
+    parts, _, store = make(tmp_path / "new" / "checkpoints", keep_last=3)
+    one = 3 * sum(p.numel() * 4 for _, p in parts.named_parameters())
+    for free, warned in ((4 * one, False), (4 * one - 1, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        caplog.clear()
+        assert store.resume() is None
+        assert ("4 checkpoints need about" in caplog.text) == warned
+
+
 def test_values_of_every_kind_survive(tmp_path: Path) -> None:
-    """NaN with its payload, infinities, -0 and subnormals come back as the same bits."""
-    parts, _, store = make(tmp_path)
+    """NaN with its payload, infinities, -0 and subnormals come back as the same bits, where check_finite=false lets them in."""
+    parts, _, store = make(tmp_path, check_finite=False)
     bits = torch.tensor([0x7FC00001, 0x7F800000, -8388608, -(2**31), 1, 0x7F7FFFFF, 0, 3, 4], dtype=torch.int32)
     with torch.no_grad():
         parts.named["mid.bias"].copy_(bits.view(torch.float32))

@@ -11,12 +11,11 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from torchft.checkpoint import state as states
-from torchft.checkpoint.agreement import agreed, on_rank_0, over_ranks
 from torchft.checkpoint.folder import CheckpointFolder
 from torchft.checkpoint.manifest import MANIFEST, Manifest, TensorInfo, read_manifest, read_state, verify, wrong_hashes
 from torchft.checkpoint.reader import ADVICE, load_tensors
 from torchft.checkpoint.state import Difference, HasParameters
-from torchft.dist import rank, world_size
+from torchft.dist import agreed, on_rank_0, over_ranks, rank, world_size
 from torchft.errors import CheckpointError
 from torchft.log import get_logger
 

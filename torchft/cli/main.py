@@ -26,6 +26,7 @@ VERBS = {
     "chat": ("torchft.cli.chat", "talk to a model in the terminal"),
     "generate": ("torchft.cli.generate", "continue the prompts of a file"),
     "convert": ("torchft.cli.convert", "write a model as a complete HF folder"),
+    "merge": ("torchft.cli.merge", "add a LoRA adapter into its base model's weights, as a HF folder"),
     "export": ("torchft.cli.export", "a step of a run as a HF folder, or as GGUF with an Ollama Modelfile"),
     "download": ("torchft.cli.download", "fetch a model from the Hugging Face hub"),
     "push": ("torchft.cli.push", "publish an exported folder on the Hugging Face hub"),

@@ -74,6 +74,7 @@ def read_run(folder: Path) -> RunRecord:
     facts, written = _json(folder / "run.json"), _json(folder / "summary.json")
     skipped, wall_s = written.get("steps_skipped", 0), written.get("wall_s", 0.0)
     summary = summarise(rows, run_dir=folder, wall_s=wall_s, skipped=skipped)
+    summary["goodput"] = written.get("goodput")
     return RunRecord(folder, read_saved(path), facts, rows, read_rows(folder / "events.jsonl"), summary, _warnings(folder / "logs"))
 
 
