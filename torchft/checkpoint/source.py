@@ -6,6 +6,7 @@ A training checkpoint holds what was trained; config, tokenizer and frozen weigh
 config.yaml. Nothing in a source is run.
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
