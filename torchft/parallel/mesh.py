@@ -39,7 +39,7 @@ class ParallelConfig:
     dp_replicate: int = 1  # replicas of the sharded model (HSDP)
     dp_shard: int = -1  # fully sharded data parallelism (FSDP2); -1: all remaining processes
     cp: int = 1  # context parallelism (not yet built: 1)
-    tp: int = 1  # tensor parallelism; must divide the heads and the vocabulary
+    tp: int = 1  # tensor parallelism; must divide num_heads and intermediate_size, and divide num_kv_heads or be a multiple of it
     pp: int = 1  # pipeline stages
     schedule: Literal["1f1b", "gpipe"] = "1f1b"  # pipeline schedule; gpipe keeps the activations of all micro-batches
     sequence_parallel: bool = True  # under tp, shard the tokens between blocks (memory); the numbers are the same
@@ -119,18 +119,9 @@ def check_degrees(degrees: dict[str, int], spec: ModelSpec, cfg: ParallelConfig)
         allowed = "; ".join(" x ".join(sorted(s)) for s in SUPPORTED)
         yield Problem("parallel", " x ".join(sorted(used)), f"one of: {allowed}", "set the other axes to 1")
     tp, pp = degrees["tp"], degrees["pp"]
-    sizes = {
-        "num_heads": spec.attention.num_heads,
-        "num_kv_heads": spec.attention.num_kv_heads,
-        "intermediate_size": spec.mlp.intermediate_size,
-        "vocab_size": spec.vocab_size,
-    }
-    for name, size in sizes.items():
-        if size % tp:
-            legal = [d for d in range(1, size + 1) if all(s % d == 0 for s in sizes.values())]
-            other = f"pad the vocabulary by model.vocab.multiple_of={tp}" if name == "vocab_size" else "raise parallel.dp_shard instead"
-            yield Problem("parallel.tp", str(tp), f"a divisor of {name}={size}", f"use one of {legal}, or {other}")
-            break
+    if expected := _refused(tp, spec):
+        legal = [d for d in range(1, spec.attention.num_heads + 1) if not _refused(d, spec)]
+        yield Problem("parallel.tp", str(tp), expected, f"use one of {legal}, or raise parallel.dp_shard instead")
     if tp > 1 and set(spec.heads) != {"lm"}:
         yield Problem("parallel.tp", str(tp), 'a model whose only head is "lm"', "use parallel.tp=1")
     if pp > 1 and cfg.fsdp.sync_every_micro_batch:
@@ -139,6 +130,20 @@ def check_degrees(degrees: dict[str, int], spec: ModelSpec, cfg: ParallelConfig)
         )
     if pp > spec.num_layers:
         yield Problem("parallel.pp", str(pp), f"at most num_layers={spec.num_layers}", f"use parallel.pp <= {spec.num_layers}")
+
+
+def _refused(tp: int, spec: ModelSpec) -> str | None:
+    """What the model expects of a tensor-parallel degree that it does not allow."""
+    num_heads, kv, size = spec.attention.num_heads, spec.attention.num_kv_heads, spec.mlp.intermediate_size
+    if num_heads % tp:
+        return f"a divisor of num_heads={num_heads}"
+    if kv % tp and tp % kv:
+        return f"a divisor or a multiple of num_kv_heads={kv}"
+    if size % tp:
+        return f"a divisor of intermediate_size={size}"
+    if (tp - 1) * -(-spec.vocab_size // tp) >= spec.vocab_size:
+        return f"rows of vocab_size={spec.vocab_size} for every rank"
+    return None
 
 
 def build_mesh(degrees: dict[str, int], device: torch.device, *, mixed: bool = False, timeout_s: float | None = None) -> Mesh:
