@@ -1,6 +1,5 @@
 """Tensor parallelism where it does not come out even: fewer kv heads than ranks, a vocabulary that tp does not divide; compiled blocks."""
 
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -9,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.dist.test_families_dist import compare, reference, run_families
 from tests.helpers.dist import run_dist
 from tests.helpers.families import FAMILIES, tiny_spec
+from tests.helpers.tiny import uneven
 from torchft.losses import linear_ce
-from torchft.models.spec import HeadSpec, ModelSpec
+from torchft.models.spec import ModelSpec
 
 CELLS = {  # layout: (processes, degrees, compile)
     "tp2": (2, {"tp": 2}, ""),
@@ -28,18 +28,15 @@ IN_MAKE_TEST = {
 }
 
 
-def uneven(name: str) -> ModelSpec:
-    """The tiny model with one kv head (GPT-2: as it is) and 101 tokens, a prime."""
-    spec = tiny_spec(name)
-    heads = {key: HeadSpec(101, head.bias, head.softcap) for key, head in spec.heads.items()}
-    kv = spec.attention.num_kv_heads if spec.family == "gpt2" else 1
-    return replace(spec, vocab_size=101, heads=heads, attention=replace(spec.attention, num_kv_heads=kv))
+def uneven_spec(name: str) -> ModelSpec:
+    """The tiny model of a family, which tp does not divide."""
+    return uneven(tiny_spec(name))
 
 
 @cache
 def results_of(layout: str, names: tuple[str, ...]) -> list[dict[str, tuple]]:
     world, degrees, compile = CELLS[layout]
-    return run_dist(run_families, world, list(names), degrees, world, uneven, compile, timeout=200)
+    return run_dist(run_families, world, list(names), degrees, world, uneven_spec, compile, timeout=200)
 
 
 @pytest.mark.parametrize("layout", IN_MAKE_TEST)
@@ -58,13 +55,13 @@ def test_every_family_with_shared_kv_heads_and_an_uneven_vocabulary_equals_one_p
 def check(layout: str, names: list[str]) -> None:
     by_rank = results_of(layout, tuple(names))
     for name in names:
-        compare(uneven(name), reference(name, uneven), [results[name] for results in by_rank])
+        compare(uneven_spec(name), reference(name, uneven_spec), [results[name] for results in by_rank])
 
 
 def test_ranks_of_uneven_rows_cut_their_tokens_alike(monkeypatch: pytest.MonkeyPatch):
     """Room for one row of 51 logits or two of 50 at a time: both ranks take the larger shard's chunks, whose sums they share."""
     monkeypatch.setitem(linear_ce.CHUNK_BYTES, "cpu", 2 * 50 * 4)
-    compare(uneven("qwen3"), reference("qwen3", uneven), [r["qwen3"] for r in run_dist(run_families, 2, ["qwen3"], {"tp": 2}, 2, uneven)])
+    compare(uneven_spec("qwen3"), reference("qwen3", uneven_spec), [r["qwen3"] for r in run_dist(run_families, 2, ["qwen3"], {"tp": 2}, 2, uneven_spec)])
 
 
 class Widths(TorchDispatchMode):
@@ -84,7 +81,7 @@ class Widths(TorchDispatchMode):
 
 def widths(names: list[str]) -> set[int]:
     with Widths() as mode:
-        run_families(names, {"tp": 2}, 2, uneven)
+        run_families(names, {"tp": 2}, 2, uneven_spec)
     return mode.seen
 
 

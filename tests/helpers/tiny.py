@@ -1,5 +1,7 @@
 """Tiny models and hand-made batches for tests: ragged packed documents, accumulation, ranks without trained tokens."""
 
+from dataclasses import replace
+
 import torch
 
 from torchft.batch import Across, Batch, SampleId
@@ -27,6 +29,13 @@ def tiny_llama(*, tied: bool = True, num_layers: int = 4, qkv_bias: bool = False
         heads={"lm": HeadSpec(VOCAB)},
         init_std=0.1,
     )
+
+
+def uneven(spec: ModelSpec) -> ModelSpec:
+    """The model with one kv head (GPT-2: as it is) and 101 tokens, a prime: neither comes out even under tensor parallelism."""
+    heads = {key: replace(head, size=101) for key, head in spec.heads.items()}
+    kv = spec.attention.num_kv_heads if spec.family == "gpt2" else 1
+    return replace(spec, vocab_size=101, heads=heads, attention=replace(spec.attention, num_kv_heads=kv))
 
 
 def packed_batch(seed: int, *, b: int = 2, t: int = 32, trained: bool = True) -> Batch:

@@ -32,6 +32,14 @@ SUPPORTED = (
 class FsdpConfig:
     reshard_after_forward: bool | None = None  # free gathered parameters between forward and backward; null: yes, but not under pp
     sync_every_micro_batch: bool = False  # reduce gradients after each micro-batch: no whole gradients (4 bytes a parameter) are kept
+    forward_prefetch: int = 0  # blocks whose parameters are asked for before a block's forward begins; 0: each when its turn comes
+    backward_prefetch: int = 1  # blocks asked for ahead in backward; more hides slower links and holds more memory
+    cpu_offload: bool = False  # parameters, gradients and optimizer state in host memory; the optimizer's step runs there
+
+    def check(self) -> Iterator[Problem]:
+        for key, least in (("forward_prefetch", 0), ("backward_prefetch", 1)):
+            if getattr(self, key) < least:
+                yield Problem(f"parallel.fsdp.{key}", str(getattr(self, key)), f"a number of blocks >= {least}", f"use {least}")
 
 
 @dataclass
@@ -147,7 +155,7 @@ def _refused(tp: int, spec: ModelSpec) -> str | None:
 
 
 def build_mesh(degrees: dict[str, int], device: torch.device, *, mixed: bool = False, timeout_s: float | None = None) -> Mesh:
-    """The mesh over the default process group. One process is the identity, unless `mixed` precision asks for a mesh of size 1.
+    """The mesh over the default process group. One process is the identity, unless `mixed` precision or offload asks for a mesh of size 1.
 
     timeout_s: of every axis's collectives; None: the backend's default.
     """

@@ -8,7 +8,7 @@ the number of ranks can't change the gradient.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torchft.batch import Across, Batch, Heads, Loss
 from torchft.dist import gather_objects
 from torchft.errors import NumericError, Problem
+from torchft.parallel.ledger import Line
 from torchft.parallel.parts import Metrics, Parts, add_up
 from torchft.train.scaler import LossScaler
 
@@ -43,6 +44,7 @@ class StepStats:
     num_tokens: int  # that are no padding, over all data ranks
     skipped: str = ""  # why the weights did not move; "" if they did
     overflow: bool = False  # skipped because fp16 overflowed: expected now and then
+    traffic: dict[str, Line] = field(default_factory=dict)  # this rank's communication by axis, with debug.ledger
 
 
 def train_step(
