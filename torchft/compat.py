@@ -5,10 +5,12 @@ import platform
 from datetime import timedelta
 from typing import Any
 
+from torch import Tensor
 from torch.distributed import ProcessGroup, Store, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.tensor import DTensor
 
 
 def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -29,6 +31,11 @@ def set_timeout(group: ProcessGroup, timeout_s: float) -> None:
 def default_store() -> Store:
     """The store at which the ranks of the default process group met."""
     return distributed_c10d._get_default_store()
+
+
+def with_local(like: DTensor, local: Tensor) -> DTensor:
+    """A DTensor as `like` around another local tensor, which may be on another device: `from_local` would move it to the mesh's."""
+    return DTensor(local, like._spec, requires_grad=False)
 
 
 def forget_step(root: FSDPModule) -> None:

@@ -2,15 +2,19 @@
 
 One process without torchrun is world size 1 without a process group; every function here then is the identity. Randomness is
 keyed (contract A8): `keyed_generator("init", seed, name, block)` gives the same numbers on every layout, and no RNG state is saved.
+
+A branch that changes collectives is taken by all ranks or by none: `agree` for flags, `agreed` and `on_rank_0` for work that may fail.
 """
 
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,9 +22,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from torchft.compat import default_store, keep_freed_memory
-from torchft.errors import ConfigError, Problem
+from torchft.errors import CheckpointError, ConfigError, Problem
 
+T = TypeVar("T")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+SECRET_NAME = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 WAIT_S = 1.0  # how often ranks that wait for rank 0 look whether it is through
 
 
@@ -116,30 +122,71 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def comm_device() -> torch.device:
-    """Where small tensors must live to be reduced by the default group."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
+def comm_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where small tensors must live to be reduced by this group (None: the default one)."""
+    if dist.is_initialized() and dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def agree(value: int) -> int:
+def agree(value: int, group: dist.ProcessGroup | None = None) -> int:
     """The largest `value` of any rank, on every rank. The one primitive for each branch that changes collectives (stop, save,
-    skip): a signal or an error may reach one rank alone, and a branch taken by one rank alone hangs all others."""
+    skip): a signal or an error may reach one rank alone, and a branch taken by one rank alone hangs all others.
+
+    group: another group of all ranks, here and below; a thread beside the training needs one of its own.
+    """
     if world_size() == 1:
         return int(value)
-    flag = torch.tensor([int(value)], dtype=torch.int64, device=comm_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    flag = torch.tensor([int(value)], dtype=torch.int64, device=comm_device(group))
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return int(flag.item())
 
 
-def broadcast_object(value: object) -> object:
+def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """This rank's result of an action; CheckpointError on every rank, with all reasons, if it failed on any."""
+    problem, result = "", None
+    try:
+        result = action()
+    except CheckpointError as error:
+        problem = str(error)
+    except Exception as error:  # whatever it is, the other ranks must hear of it; it is raised again below
+        problem = f"rank {rank()}: {type(error).__name__}: {error}"
+    if agree(bool(problem), group):
+        raise CheckpointError("; ".join(filter(None, over_ranks(problem, group))))
+    return result  # type: ignore[return-value]
+
+
+def on_rank_0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's result of an action that only rank 0 runs, on every rank; CheckpointError on every rank if it failed."""
+    return broadcast_object(agreed(lambda: action() if rank() == 0 else None, group), group)  # type: ignore[return-value]
+
+
+def over_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The distinct values of all ranks (told apart by their repr), those of lower ranks first; equal ones travel once."""
+    if world_size() == 1:
+        return [value]
+    key = hashlib.sha256(repr(value).encode()).hexdigest()
+    keys = gather_objects(key, group)
+    values = gather_objects(value if keys.index(key) == rank() else None, group)
+    return [values[i] for i, key in enumerate(keys) if keys.index(key) == i]
+
+
+def broadcast_object(value: object, group: dist.ProcessGroup | None = None) -> object:
     """Rank 0's value on every rank (small Python objects)."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=comm_device())
+    dist.broadcast_object_list(box, src=0, group=group, device=comm_device(group))
     return box[0]
+
+
+def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's value on every rank, by rank (small Python objects)."""
+    if world_size() == 1:
+        return [value]
+    box: list = [None] * world_size()
+    dist.all_gather_object(box, value, group=group)
+    return box
 
 
 def wait_for_rank_0(call: Callable[[], None]) -> None:
@@ -157,15 +204,6 @@ def wait_for_rank_0(call: Callable[[], None]) -> None:
             store.set(key, "yes")
     while not store.check([key]):
         time.sleep(WAIT_S)
-
-
-def gather_objects(value: object) -> list:
-    """Every rank's value on every rank, by rank (small Python objects)."""
-    if world_size() == 1:
-        return [value]
-    box: list = [None] * world_size()
-    dist.all_gather_object(box, value)
-    return box
 
 
 def keyed_seed(*key: object) -> int:
@@ -204,6 +242,11 @@ def _along_first(placement: Placement) -> Placement:
 def environment(name: str, default: str = "") -> str:
     """An environment variable, for the few modules that need one."""
     return os.environ.get(name, default)
+
+
+def secret_values() -> list[str]:
+    """The values of the environment variables that hold secrets by their names (HF_TOKEN, WANDB_API_KEY, ...): no output shows them."""
+    return [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 8]
 
 
 def child_environment(**more: str) -> dict[str, str]:

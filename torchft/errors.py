@@ -57,6 +57,28 @@ class CheckpointError(TorchftError):
 
 
 class NumericError(TorchftError):
-    """Loss or gradients were not finite and the policy said stop."""
+    """Loss, gradients or weights were not finite and the policy said stop; `samples` are those to look at."""
 
     exit_code = 79
+
+    def __init__(self, text: str, samples: Iterable[str] = ()):
+        super().__init__(text)
+        self.samples = tuple(samples)
+
+
+class OutOfMemory(TorchftError):
+    """The model, a micro-batch or something else did not fit."""
+
+    exit_code = 78
+
+
+class RankLost(TorchftError):
+    """Another rank hangs or is dead, so a collective timed out or lost its connection."""
+
+    exit_code = 80
+
+
+class CrashLoop(TorchftError):
+    """A run that a launcher restarts again and again dies at the same step each time."""
+
+    exit_code = 81

@@ -1,8 +1,8 @@
-"""The contract: every layout gives the loss, every gradient and the weights after three AdamW steps of one bare PyTorch process.
+"""The contract: every layout gives the loss, every gradient and the weights after five AdamW steps of one bare PyTorch process.
 
 The reference is a plain loop: whole logits, F.cross_entropy, torch's clipping. Each cell accumulates micro-batches of ragged packed
-documents, clips, and in its second step has a data rank without trained tokens. fp64 within 1e-9, fp32 within 1e-5 (relative to
-each tensor's largest value).
+documents (padded rows of another length in the fourth step), clips, and in its second step has a data rank without trained tokens.
+fp64 within 1e-9, fp32 within 1e-5 (relative to each tensor's largest value). More layouts: test_layouts.py.
 """
 
 from dataclasses import dataclass
@@ -13,23 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-from tests.helpers.dist import run_dist
+from tests.dist.test_families_dist import spread
+from tests.helpers.dist import run_dist, run_pooled
+from tests.helpers.families import tiny_spec
 from tests.helpers.flex import flex_on_cpu
 from tests.helpers.tiny import global_steps, of_rank, relative_error, tiny_llama
 from torchft.dtypes import DTYPES
 from torchft.losses.cross_entropy import CrossEntropy
 from torchft.models.decoder import build_decoder
-from torchft.models.init import fill_blocks, init_weights
+from torchft.models.init import fill_blocks
+from torchft.models.spec import ModelSpec
 from torchft.parallel.apply import parallelize
 from torchft.parallel.compile import CompileConfig
 from torchft.parallel.fsdp import PrecisionConfig
-from torchft.parallel.mesh import FsdpConfig, ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.mesh import FsdpConfig, Mesh, ParallelConfig, build_mesh, resolve_degrees
 from torchft.parallel.pp import build_stages
 from torchft.parallel.recompute import MemoryConfig
 from torchft.peft.lora import LoraConfig, apply_lora, init_lora
 from torchft.train.step import NonFinite, evaluate, train_step
 
-SEED, MAX_NORM = 3, 0.05
+SEED, MAX_NORM, STEPS = 3, 0.05, 5
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
 
 
@@ -45,6 +48,16 @@ class Cell:
     recompute: str = "none"
     compile: str = ""
     core: str = "auto"
+    family: str = ""  # of tests/helpers/families.py; "": the tiny llama
+    num_batches: int = 4  # micro-batches of a step over all data ranks
+
+    @property
+    def spec(self) -> ModelSpec:
+        return spec_of(self.family, self.tied)
+
+
+def spec_of(family: str, tied: bool) -> ModelSpec:
+    return tiny_spec(family) if family else tiny_llama(tied=tied)
 
 
 CELLS = (
@@ -86,19 +99,19 @@ def adamw(parameters):
 
 
 @cache
-def reference(dtype: str, lora: bool, tied: bool):
-    """The bare loop: losses by step, gradients of step 1 (clipped), weights and a validation loss after step 3."""
-    spec = tiny_llama(tied=tied)
+def reference(family: str, tied: bool, dtype: str, lora: bool, num_batches: int):
+    """The bare loop: losses by step, gradients of step 1 (clipped), weights and a validation loss after step 5."""
+    spec = spec_of(family, tied)
     model = build_decoder(spec, dtype=DTYPES[dtype])
     if lora:
         apply_lora([model], LoraConfig(rank=3))
     model.to_empty(device="cpu")
-    init_weights(((n, p) for n, p in model.named_parameters() if ".lora_" not in n), spec, SEED)
+    spread(((n, p) for n, p in model.named_parameters() if ".lora_" not in n), spec)
     seed_adapters(model.named_parameters())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = adamw(trained.values())
     losses, grads = [], {}
-    for step, batches in enumerate(global_steps()):
+    for step, batches in enumerate(global_steps(STEPS, num_batches)):
         count = sum(b.weights.double().sum() for b in batches)
         total = 0.0
         for b in batches:
@@ -114,7 +127,7 @@ def reference(dtype: str, lora: bool, tied: bool):
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        batches = global_steps()[2]
+        batches = global_steps(3, num_batches)[2]
         logits = [model(b.tokens, layout=b.layout(), positions=b.positions).flatten(0, 1) for b in batches]
         sums = [(F.cross_entropy(z, b.labels.flatten(), reduction="none") * b.weights.flatten()).sum() for z, b in zip(logits, batches)]
         held_out = (sum(sums) / sum(b.weights.double().sum() for b in batches)).item()
@@ -125,10 +138,15 @@ def full(x: torch.Tensor) -> torch.Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu().clone()
 
 
+@cache
+def mesh_of(degrees: tuple[tuple[str, int], ...], device: str) -> Mesh:
+    return build_mesh(dict(degrees), torch.device(device))
+
+
 def run_cell(cell: Cell, dtype: str, device: str = "cpu"):
-    """One rank: the same three steps through parallelize and train_step."""
-    spec, cfg = tiny_llama(tied=cell.tied), ParallelConfig(**dict(cell.parallel))
-    mesh = build_mesh(resolve_degrees(cfg, cell.world), torch.device(device))
+    """One rank: the same five steps through parallelize and train_step."""
+    spec, cfg = cell.spec, ParallelConfig(**dict(cell.parallel))
+    mesh = mesh_of(tuple(resolve_degrees(cfg, cell.world).items()), device)
     modules = build_stages(spec, mesh, DTYPES[dtype], cell.core)
     if cell.lora:
         apply_lora(modules, LoraConfig(rank=3))
@@ -137,7 +155,7 @@ def run_cell(cell: Cell, dtype: str, device: str = "cpu"):
         modules, mesh, cfg, precision=PrecisionConfig(params=dtype), memory=MemoryConfig(recompute=cell.recompute), compile=compile
     )
     named = list(parts.named_parameters(copies=True))
-    init_weights(((n, p) for n, p in named if ".lora_" not in n), spec, SEED)
+    spread(((n, p) for n, p in named if ".lora_" not in n), spec)
     seed_adapters(named)
     trained = {name: p for name, p in named if name in parts.trainable}
     assert all(p.requires_grad == (name in parts.trainable) for name, p in named), "parallelising changed what is trained"
@@ -149,11 +167,11 @@ def run_cell(cell: Cell, dtype: str, device: str = "cpu"):
             grads.update({name: full(p.grad) for name, p in trained.items()})
 
     optimizer.register_step_pre_hook(keep)
-    for batches in global_steps():
+    for batches in global_steps(STEPS, cell.num_batches):
         mine = of_rank(batches, mesh.dp_rank, mesh.dp_size)
         stats = train_step(parts, mine, CrossEntropy(), optimizer, max_norm=MAX_NORM, nonfinite=NonFinite())
         losses.append(parts.reduce_metrics(stats.metrics)["loss"])
-    held_out = evaluate(parts, [of_rank(global_steps()[2], mesh.dp_rank, mesh.dp_size)], CrossEntropy())["loss"]
+    held_out = evaluate(parts, [of_rank(global_steps(3, cell.num_batches)[2], mesh.dp_rank, mesh.dp_size)], CrossEntropy())["loss"]
     now = dict(parts.named_parameters(copies=True))
     assert all(now[name] is p for name, p in trained.items()), "a validation left other tensors than the optimizer's"
     return losses, grads, {name: full(p) for name, p in trained.items()}, held_out
@@ -162,8 +180,8 @@ def run_cell(cell: Cell, dtype: str, device: str = "cpu"):
 @pytest.mark.parametrize("dtype", ["fp64", "fp32"])
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)
 def test_layout_equals_one_process(cell: Cell, dtype: str):
-    """Loss of three steps, every gradient, every weight after three steps, and the validation loss."""
-    ranks = [run_cell(cell, dtype)] if cell.world == 1 else run_dist(run_cell, cell.world, cell, dtype)
+    """Loss of five steps, every gradient, every weight after five steps, and the validation loss."""
+    ranks = [run_cell(cell, dtype)] if cell.world == 1 else run_pooled(run_cell, cell.world, cell, dtype)
     compare(cell, dtype, ranks)
 
 
@@ -178,7 +196,7 @@ def test_flex_attention_equals_one_process_with_sdpa(cell: Cell):
 
 def compare(cell: Cell, dtype: str, ranks: list) -> None:
     """Each rank's results against the reference."""
-    losses, grads, weights, held_out = reference(dtype, cell.lora, cell.tied)
+    losses, grads, weights, held_out = reference(cell.family, cell.tied, dtype, cell.lora, cell.num_batches)
     tolerance = TOLERANCE[dtype]
     seen_grads, seen_weights = set(), set()
     for got_losses, got_grads, got_weights, got_held_out in ranks:

@@ -5,6 +5,8 @@ from functools import cache
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.dist import test_contract as contract
+from tests.dist.test_contract import Cell
 from tests.dist.test_families_dist import compare, reference, run_families
 from tests.helpers.dist import run_dist
 from tests.helpers.families import FAMILIES, tiny_spec
@@ -56,6 +58,12 @@ def check(layout: str, names: list[str]) -> None:
     by_rank = results_of(layout, tuple(names))
     for name in names:
         compare(uneven_spec(name), reference(name, uneven_spec), [results[name] for results in by_rank])
+
+
+def test_adapters_of_shared_kv_heads_equal_one_process():
+    """LoRA on every projection with two kv heads over four ranks: losses, gradients of the adapters, weights after the steps."""
+    cell = Cell("tp4-lora", 4, (("tp", 4),), lora=True)
+    contract.compare(cell, "fp64", run_dist(contract.run_cell, 4, cell, "fp64"))
 
 
 def test_ranks_of_uneven_rows_cut_their_tokens_alike(monkeypatch: pytest.MonkeyPatch):

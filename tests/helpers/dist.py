@@ -18,6 +18,64 @@ import torch.distributed.fsdp
 import torch.distributed.pipelining
 import torch.distributed.tensor.parallel
 
+_POOLS: dict[int, "Pool"] = {}
+
+
+def run_pooled(fn: Callable, world_size: int, *args: Any, timeout: float = 100) -> list:
+    """As run_dist, on ranks that stay: forked once for a world size, with DTensor's and the compiler's caches warm from call to call.
+
+    fn must be importable by its name. After an exception the ranks are ended and the next call forks new ones.
+    """
+    pool = _POOLS.pop(world_size, None) or Pool(world_size)
+    results = pool.run(fn, args, timeout)
+    _POOLS[world_size] = pool
+    return results
+
+
+class Pool:
+    """Ranks that run one function after another."""
+
+    def __init__(self, world_size: int):
+        context = mp.get_context("fork")
+        self.results: mp.Queue = context.Queue()
+        self.calls = [context.Queue() for _ in range(world_size)]
+        with tempfile.NamedTemporaryFile(prefix="torchft-store-", delete=False) as file:
+            self.store = file.name
+        os.unlink(self.store)
+        self.workers = [
+            context.Process(target=_serve, args=(rank, world_size, self.store, self.calls[rank], self.results), daemon=True)
+            for rank in range(world_size)
+        ]
+        for worker in self.workers:
+            worker.start()
+
+    def run(self, fn: Callable, args: tuple, timeout: float) -> list:
+        """fn(*args) on each rank; the results by rank."""
+        for call in self.calls:
+            call.put((fn, args))
+        try:
+            return _collect(self.results, len(self.workers), timeout)
+        except BaseException:
+            for worker in self.workers:
+                worker.kill()
+            raise
+
+
+def _serve(rank: int, world_size: int, store: str, calls: mp.Queue, results: mp.Queue) -> None:
+    _set_environment(rank, world_size)
+    try:
+        _join("gloo", store, rank, world_size)
+        while True:
+            fn, args = calls.get()
+            results.put((rank, True, pickle.dumps(fn(*args))))
+            dist.barrier()
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+    finally:
+        results.close()
+        results.join_thread()
+        os._exit(0)
+
 
 def run_dist(fn: Callable, world_size: int, *args: Any, timeout: float = 60, backend: str = "gloo") -> list:
     """fn(*args) on each rank, inside a group; the results by rank. A rank's exception is raised here with its traceback.
@@ -57,14 +115,11 @@ def _collect(results: mp.Queue, world_size: int, timeout: float) -> list:
 
 
 def _worker(rank: int, world_size: int, store: str, fn: Callable, results: mp.Queue, args: tuple, backend: str) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
-    torch.set_num_threads(1)
+    _set_environment(rank, world_size)
     try:
         if backend == "nccl":
             torch.cuda.set_device(rank)
-        dist.init_process_group(
-            backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=40)
-        )
+        _join(backend, store, rank, world_size)
         results.put((rank, True, pickle.dumps(fn(*args))))  # bytes: a tensor in a queue is a file handle that dies with its sender
         dist.barrier()
     except BaseException:  # CheckpointException is no Exception
@@ -73,3 +128,13 @@ def _worker(rank: int, world_size: int, store: str, fn: Callable, results: mp.Qu
         results.close()
         results.join_thread()
         os._exit(0)  # gloo's threads race with the interpreter's teardown
+
+
+def _set_environment(rank: int, world_size: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+
+
+def _join(backend: str, store: str, rank: int, world_size: int) -> None:
+    files = dist.FileStore(store, world_size)
+    dist.init_process_group(backend, store=files, rank=rank, world_size=world_size, timeout=timedelta(seconds=40))

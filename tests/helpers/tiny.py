@@ -69,10 +69,32 @@ def packed_batch(seed: int, *, b: int = 2, t: int = 32, trained: bool = True) ->
     )
 
 
+def padded_batch(seed: int, *, b: int = 2, t: int = 24) -> Batch:
+    """Rows of one document each, of random length, the rest padding: the second document of the row."""
+    batch = packed_batch(seed, b=b, t=t)
+    g = torch.Generator().manual_seed(seed)
+    weights, documents, positions = torch.rand(b, t, generator=g), torch.ones(b, t, dtype=torch.int32), torch.zeros(b, t, dtype=torch.int32)
+    for row, length in enumerate(torch.randint(5, t, (b,), generator=g).tolist()):
+        documents[row, :length] = 0
+        positions[row] = torch.cat([torch.arange(length), torch.arange(t - length)])
+        weights[row, length - 1 :] = 0.0
+    counts = {
+        "num_trained": int((weights > 0).sum()),
+        "weight_sum": float(weights.double().sum()),
+        "num_tokens": int((documents == 0).sum()),
+    }
+    labels = batch.tokens.roll(-1, dims=1)
+    return replace(batch, labels=labels, weights=weights, documents=documents, positions=positions, **counts)
+
+
 def global_steps(num_steps: int = 3, num_batches: int = 4) -> list[list[Batch]]:
-    """All micro-batches of each step; in step 1 the second half has no trained token, so a data rank of two has none."""
+    """All micro-batches of each step; in step 1 the second half has no trained token, so a data rank of two has none; step 3 is padded
+    rows of another length instead of packs."""
     return [
-        [packed_batch(100 * step + i, trained=not (step == 1 and i >= num_batches // 2)) for i in range(num_batches)]
+        [
+            padded_batch(100 * step + i) if step == 3 else packed_batch(100 * step + i, trained=not (step == 1 and i >= num_batches // 2))
+            for i in range(num_batches)
+        ]
         for step in range(num_steps)
     ]
 

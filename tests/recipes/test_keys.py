@@ -24,9 +24,12 @@ ELSEWHERE = {
     "parallel.fsdp.backward_prefetch": ("tests/dist/test_fsdp_options.py", "backward_prefetch=2"),
     "model.vocab.noise": ("tests/recipes/test_new_tokens_recipe.py", "model.vocab.noise"),  # of weights that are read
     "data.streams": ("tests/unit/test_streaming.py", "data.streams"),  # of data.streaming, which has no epochs
+    "adapter.path": ("tests/recipes/test_lora_recipe.py", "adapter.path"),  # decides what the other keys of adapter say
     "plugins": ("tests/unit/test_config.py", "plugins"),  # config/load.py imports them
     "checkpoint.best_mode": ("tests/unit/test_store.py", "best_mode"),
     "checkpoint.overwrite": ("tests/unit/test_store.py", "overwrite"),
+    "checkpoint.max_failures": ("tests/faults/test_async_save.py", "max_failures=2"),
+    "train.spike.window": ("tests/faults/test_numbers.py", "window=8"),
     "schedule.allow_change": ("tests/recipes/test_full_finetune.py", "allow_change"),
     "train.nonfinite.action": ("tests/dist/test_data_parallel.py", 'NonFinite(action="skip")'),
     "train.nonfinite.max_in_row": ("tests/recipes/test_options.py", "max_in_row=2"),
@@ -128,8 +131,12 @@ def drive(recipe: str, folder: Path) -> None:
         assert main([f"model.path={make_model(folder / 'hf')}", *options, "sampling.max_new_tokens=2"]) == 0
         return
     argv = pretraining if recipe == "pretrain" else chats
-    for number, more in enumerate([TRAINING, *OTHERS]):
+    others = [[word for word in more if "model.freeze" not in word] for more in OTHERS] if recipe == "lora_finetune" else OTHERS
+    for number, more in enumerate([TRAINING, *others]):
         assert main([*argv(folder / str(number)), *SHORT, *more]) == 0
+    if recipe == "lora_finetune":  # a merged model is made of a base that has weights
+        base = [f"model.path={make_model(folder / 'hf')}", "model.init=weights", "export.hf=true"]
+        assert main([*argv(folder / "merged"), *SHORT, *base]) == 0
     for name in SCHEDULES:
         build_schedule(ScheduleConfig(name, min_ratio=0.1, boundaries=[2], factors=[0.5]), 1.0, 10)(8)
     for name in OPTIMIZERS:
@@ -152,6 +159,7 @@ def test_every_key_is_read(recipe: str, reads, tmp_path: Path) -> None:
 
 def test_exceptions_are_true() -> None:
     """Each key of ELSEWHERE exists, and so does the test it names."""
-    names = {key for key, _, _ in keys(load_recipe().Config)}
+    recipes = ("full_finetune", "lora_finetune")
+    names = {key for recipe in recipes for key, _, _ in keys(load_recipe(recipe).Config)}
     for key, (path, text) in ELSEWHERE.items():
         assert key in names and text in (ROOT / path).read_text(), key

@@ -38,6 +38,18 @@ def test_packed_row_by_hand():
     assert (batch.num_trained, batch.num_tokens, batch.plain_causal) == (3, 5, False)
 
 
+def test_the_published_packs():
+    """LLaMA-Factory's example of two packed rows, segments numbered from 1 and 0 for padding: the documents, their lengths and where
+    they begin when the rows are laid end to end without padding."""
+    published = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 2, 3, 3, 3]])
+    rows = [[make_encoded(n) for n in lengths] for lengths in ([2, 3], [1, 2, 3])]
+    batch = collate(rows, [[SampleId("a", 0, i) for i, _ in enumerate(row)] for row in rows], t=6, pad_id=0)
+    real = published > 0
+    assert torch.equal(batch.documents[real] + 1, published[real].int()) and batch.num_tokens == int(real.sum())
+    lengths = [length for row in batch.pieces for _, length in row]
+    assert lengths == [2, 3, 1, 2, 3] and np.cumsum([0, *lengths]).tolist() == [0, 2, 5, 6, 8, 11]
+
+
 def test_pad_equal_to_eos_trains_eos():
     """pad_id == EOS: the true EOS is trained all the same, the padding is not."""
     batch = collate([[encoded([5, 2, 6, 2], [0, 1, 1, 1])]], [[SampleId("a", 0, 0)]], t=6, pad_id=2)

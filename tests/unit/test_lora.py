@@ -7,8 +7,8 @@ from tests.helpers.tiny import packed_batch, relative_error, tiny_llama
 from torchft.errors import ConfigError
 from torchft.models.decoder import build_decoder
 from torchft.models.init import init_weights
+from torchft.models.select import select_modules
 from torchft.peft.lora import LoraConfig, apply_lora, init_lora
-from torchft.peft.select import select_modules
 
 
 def model_with_lora(cfg: LoraConfig):

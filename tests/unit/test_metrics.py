@@ -190,11 +190,13 @@ def test_console_lines():
     sink.write(row(5, loss=float("nan")), None)
     sink.write(validation_row(12, 0.0, {"main": {"loss": 1.5}, "code": {"loss": 2.0}}), None)
     sink.event({"time": 0.0, "step": 7, "event": "skipped", "reason": "two\nlines"})
+    sink.event({"time": 0.0, "step": 8, "event": "skipped", "samples": list("abcdefghij")})
     assert out.getvalue().splitlines() == [
         "step  12/100  loss 1.2345  lr 1.0e-05  grad 0.83  1,234 tok/s  mfu 31.2%  mem 3.1 GiB  wait 0.01 s  eta 0:01:23",
         "step   5/100  loss nan  lr 1.0e-05  grad 0.83  1,234 tok/s  mfu -  mem 3.1 GiB  wait 0.01 s",
         "step  12/100  val/main/loss 1.5000  val/code/loss 2.0000",
         "step   7/100  skipped  reason=two lines",
+        "step   8/100  skipped  samples=a, b, c, d, e, f, g, h and 2 more",
     ]
 
 

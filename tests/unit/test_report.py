@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.recipe import CONFIG, ROOT, arguments, load_recipe
+from torchft.checkpoint.listing import checkpoint_at
 from torchft.cli.main import main
 from torchft.config.changes import changed_from_defaults
 from torchft.config.load import load_config
 from torchft.dist import child_environment
 from torchft.errors import CheckpointError, DataError
 from torchft.metrics.rows import encode_row, train_row
-from torchft.train.record import checkpoint_at, read_run
+from torchft.train.record import read_run
 from torchft.train.report import report_html
 
 EVIL = "<script src=//evil.example/x.js></script><img src=x onerror=alert(1)>\"'&"

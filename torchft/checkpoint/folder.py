@@ -2,10 +2,12 @@
 
 checkpoints/  step_00000100/ ...           complete by construction: they appear by rename
               latest, best                 text files, replaced as a whole; first line: a checkpoint's name
+              step_00000100.keep           empty: retention leaves that checkpoint alone (`torchft ckpt keep`)
               step_00000100.tmp-<id>/      being written or deleted; removed at the next start
               step_00000100.aside-<id>/    damaged, or of a line that a resume left; never touched again
 """
 
+import hashlib
 import math
 import os
 import re
@@ -58,9 +60,13 @@ class CheckpointFolder:
         """A new name for something unfinished, that `remove_leftovers` will find."""
         return path.with_name(f"{path.name}.tmp-{uuid4().hex[:8]}")
 
+    def list_leftovers(self) -> list[Path]:
+        """What is unfinished: of dead runs, or of one that is at work."""
+        return [path for path in self.path.glob("*.tmp-*") if re.fullmatch(r"(step_\d+|latest|best)\.tmp-\w+", path.name)]
+
     def remove_leftovers(self) -> list[Path]:
         """Removes what dead runs left unfinished. The caller holds the run's lock: nobody else is at work here."""
-        found = [path for path in self.path.glob("*.tmp-*") if re.fullmatch(r"(step_\d+|latest|best)\.tmp-\w+", path.name)]
+        found = self.list_leftovers()
         for path in found:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return found
@@ -84,18 +90,41 @@ class CheckpointFolder:
     def read_best(self) -> Best | None:
         """What `best` says, if its checkpoint is there."""
         path, lines = self.pointed(BEST), self._lines(BEST)
-        match = re.fullmatch(r"(\S+) (\S+)", lines[1]) if path and len(lines) == 2 else None
+        match = re.fullmatch(r"(\S+) (\S+)", lines[1]) if path and len(lines) in (2, 3) else None
         if not path or not match:
             return None
         try:
-            value = float(match[2])
+            best = Best(step_of(path), match[1], float(match[2]))
         except ValueError:
             return None
-        return Best(step_of(path), match[1], value) if math.isfinite(value) else None
+        return best if math.isfinite(best.value) and lines[2:] in ([], _best_lines(best)[2:]) else None
+
+    def pointer_problems(self) -> list[str]:
+        """What is wrong with `latest` and `best`, one line a file. `latest` may be one behind after a kill: the next resume mends it."""
+        problems, steps, best = [], self.list_steps(), self.read_best()
+        if steps and self._bytes(LATEST) != f"{steps[0].name}\n".encode():
+            problems.append(f"{self.path / LATEST}: does not name the newest checkpoint, {steps[0].name}; the next resume mends it")
+        held = self._bytes(BEST)
+        if held and (best is None or held != "".join(f"{line}\n" for line in _best_lines(best)).encode()):
+            problems.append(f"{self.path / BEST}: damaged, or its checkpoint is gone; the next best validation replaces it")
+        return problems
 
     def write_best(self, best: Best) -> None:
-        """Points `best` at a checkpoint; the metric and its value go on the second line."""
-        self.point(BEST, step_name(best.step), f"{best.metric} {best.value!r}")
+        """Points `best` at a checkpoint; the metric and its value go on the second line, a checksum of both on the third."""
+        self.point(BEST, *_best_lines(best))
+
+    def keep(self, path: Path, kept: bool = True) -> None:
+        """Marks a checkpoint so that retention never deletes it, or takes the mark away."""
+        mark = path.with_name(f"{path.name}.keep")
+        if kept:
+            mark.touch()
+        else:
+            mark.unlink(missing_ok=True)
+        sync_folder(self.path)
+
+    def is_kept(self, path: Path) -> bool:
+        """True if `keep` marked it."""
+        return path.with_name(f"{path.name}.keep").exists()
 
     def publish(self, temp: Path, final: Path) -> None:
         """Gives a finished checkpoint its name. Raises CheckpointError if the name is taken: nothing is ever written over."""
@@ -112,7 +141,8 @@ class CheckpointFolder:
         return moved
 
     def superfluous(self, keep_last: int) -> list[Path]:
-        """The checkpoints retention gives up: all but the newest `keep_last` (0: all), the newest two good ones, `latest` and `best`."""
+        """The checkpoints retention gives up: all but the newest `keep_last` (0: all), the newest two good ones, `latest`, `best`,
+        and those marked `keep`."""
         steps = self.list_steps()
         if keep_last == 0:
             return []
@@ -124,7 +154,7 @@ class CheckpointFolder:
             if not verify(path, "quick"):
                 kept.add(path)
                 good += 1
-        return [path for path in steps if path not in kept]
+        return [path for path in steps if path not in kept and not self.is_kept(path)]
 
     def hide(self, paths: Collection[Path]) -> list[Path]:
         """The first half of deleting: under a leftover's name a half-deleted checkpoint is never taken for a damaged one."""
@@ -134,11 +164,26 @@ class CheckpointFolder:
         """Deletes these checkpoints and both pointers."""
         for pointer in (LATEST, BEST):
             self.unpoint(pointer)
+        for path in paths:
+            self.keep(path, kept=False)
         for path in self.hide(paths):
             shutil.rmtree(path)
 
+    def list_aside(self) -> list[Path]:
+        """What `set_aside` renamed."""
+        return sorted(path for path in self.path.glob("step_*.aside-*") if path.is_dir())
+
     def _lines(self, pointer: str) -> list[str]:
+        return self._bytes(pointer).decode("utf-8", errors="replace").splitlines()
+
+    def _bytes(self, pointer: str) -> bytes:
         try:
-            return (self.path / pointer).read_text(encoding="utf-8", errors="replace").splitlines()
+            return (self.path / pointer).read_bytes()
         except FileNotFoundError:
-            return []
+            return b""
+
+
+def _best_lines(best: Best) -> list[str]:
+    """What `best` holds: the checkpoint, the metric with its value, and a checksum of both."""
+    lines = [step_name(best.step), f"{best.metric} {best.value!r}"]
+    return [*lines, f"sha256 {hashlib.sha256(repr(lines).encode()).hexdigest()}"]

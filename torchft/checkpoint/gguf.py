@@ -70,14 +70,14 @@ class GgufFile:
     def _lazy(self, name: str) -> LazyTensor:
         tensor = self._tensors[name]
         shape = _shape(tensor)
-        return LazyTensor(shape, torch.float32, lambda part: _dequantise(tensor, self.path).reshape(shape)[part])
+        return LazyTensor(shape, torch.float32, lambda part: _dequantise(tensor, self.path).reshape(shape)[part], by_parts=False)
 
     def _in_our_order(self, ours: str, stored: LazyTensor) -> LazyTensor:
         heads = paired_heads(self._architecture.pairs, self.spec, ours)
         if heads is not None:
-            return LazyTensor(stored.shape, stored.dtype, lambda part: unpermute(stored.read(()), heads)[part])
+            return LazyTensor(stored.shape, stored.dtype, lambda part: unpermute(stored.read(()), heads)[part], by_parts=False)
         if self._architecture.unit_norms and is_norm(ours):
-            return LazyTensor(stored.shape, stored.dtype, lambda part: stored.read(part) - 1)
+            return LazyTensor(stored.shape, stored.dtype, lambda part: stored.read(part) - 1, by_parts=False)
         return stored
 
     def _config(self, name: str) -> dict[str, Any]:

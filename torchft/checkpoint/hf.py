@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,21 +21,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchft.checkpoint.agreement import agreed, on_rank_0
 from torchft.checkpoint.assets import Assets, write_assets
 from torchft.checkpoint.fused import join, joined_bytes, part_of
 from torchft.checkpoint.manifest import sync_folder
 from torchft.checkpoint.new_rows import NewRows, grown
 from torchft.checkpoint.tensor_files import LazyTensor, TensorWriter, open_tensors
-from torchft.dist import comm_device, gather_objects, rank, shard_indices
+from torchft.dist import agreed, comm_device, gather_objects, on_rank_0, rank, shard_indices
 from torchft.errors import CheckpointError
 from torchft.models.build import FAMILIES
 from torchft.models.decoder import build_decoder
 from torchft.models.keys import map_from_hf, require, stored_as
 from torchft.models.spec import ModelSpec
 from torchft.models.vocabulary import without_padding
+from torchft.quant.linear import QuantLinear
 
 COMPARE_BYTES = 64 << 20  # how much of a tied copy is compared at a time
+COPY_BYTES = 16 << 20  # how much of a tensor is read at a time
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,26 @@ def load_hf(
     *,
     require_all: bool = True,
     new_rows: NewRows | None = None,
+    quantised: Mapping[str, QuantLinear] | None = None,
 ) -> LoadReport:
     """Fills `parameters` (our names; plain tensors or DTensors of any placement) from a HF folder, cast to their dtype.
 
     A rank reads only the part it holds; all ranks call it. A tied parameter that a rank holds twice may come twice. With
     `require_all=False` weights that the folder lacks (a new head) stay as they are and are reported. new_rows: where the vocabulary of
-    `spec` is larger than the folder's. Raises CheckpointError on every
-    rank, before anything is copied if names, shapes or dtypes don't fit.
+    `spec` is larger than the folder's. quantised: layers by the name of the weight they stand for, which is quantised as it is read;
+    their packed parameters need not be left out of `parameters`. Raises CheckpointError on every rank, before anything is copied if
+    names, shapes or dtypes don't fit.
     """
     weights = agreed(lambda: open_weights(folder, spec, require_all=require_all, new_rows=new_rows))
-    parameters = list(parameters)
+    quantised = quantised or {}
+    packed = {f"{name.removesuffix('weight')}{part}" for name, layer in quantised.items() for part in layer.PACKED}
+    parameters = [(name, parameter) for name, parameter in parameters if name not in packed]
     strangers = [name for name, _ in parameters if name not in weights.tensors and name not in weights.missing]
     assert not strangers, f"{strangers[:4]} are no weights of the base model: give load_hf its parameters only"
     here = [(name, parameter) for name, parameter in parameters if name in weights.tensors]
     missing = tuple(name for name, _ in parameters if name in weights.missing)
-    return replace(agreed(lambda: copy_weights(here, weights.tensors)), missing=missing, dropped=weights.dropped)
+    report = agreed(lambda: copy_weights([*here, *quantised.items()], weights.tensors))
+    return replace(report, missing=missing, dropped=weights.dropped)
 
 
 def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = True, new_rows: NewRows | None = None) -> Weights:
@@ -88,7 +94,22 @@ def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = Tru
     new_rows: the folder is of `new_rows.base`; what the vocabulary of `spec` has more is made (new_rows.py).
     """
     folder = Path(folder)
-    files, rules, shapes = open_tensors(folder), FAMILIES[spec.family].KEYS, weight_shapes(new_rows.base if new_rows else spec)
+    return weights_of(open_tensors(folder), weight_shapes(spec), spec, folder, require_all=require_all, new_rows=new_rows)
+
+
+def weights_of(
+    files: Mapping[str, LazyTensor],
+    wanted: Mapping[str, tuple[int, ...]],
+    spec: ModelSpec,
+    folder: Path,
+    *,
+    require_all: bool = True,
+    new_rows: NewRows | None = None,
+) -> Weights:
+    """The weights of the shapes `wanted` among the tensors of a folder, every one of which must be used."""
+    rules = FAMILIES[spec.family].KEYS
+    stored = weight_shapes(new_rows.base) if new_rows else wanted
+    shapes = {name: stored[name] for name in wanted}
     keys = map_from_hf(rules, files, shapes, where=str(folder))
     if require_all:
         require(keys, rules, where=str(folder))
@@ -97,7 +118,6 @@ def open_weights(folder: Path | str, spec: ModelSpec, *, require_all: bool = Tru
     if keys.tied_copy is not None:
         _check_tied(files[keys.tied_copy], tensors["embed_tokens.weight"], folder)
     if new_rows:
-        wanted = weight_shapes(spec)
         tensors = {name: grown(tensor, wanted[name][0], name, new_rows) for name, tensor in tensors.items()}
     dropped = keys.dropped if keys.tied_copy is None else (*keys.dropped, keys.tied_copy)
     return Weights(tensors, keys.missing, dropped)
@@ -118,18 +138,37 @@ def check_shapes(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[i
 
 
 @torch.no_grad()
-def copy_weights(parameters: Iterable[tuple[str, Tensor]], tensors: Mapping[str, LazyTensor]) -> LoadReport:
-    """Copies this rank's part of each tensor into the parameter of that name."""
+def copy_weights(targets: Iterable[tuple[str, Tensor | QuantLinear]], tensors: Mapping[str, LazyTensor]) -> LoadReport:
+    """Copies, or quantises, this rank's part of each tensor into the parameter or layer of that name, COPY_BYTES or so at a time."""
     num_bytes, dtypes = 0, Counter()
-    for name, parameter in parameters:
+    for name, target in targets:
         source = tensors[name]
-        assert tuple(parameter.shape) == source.shape, f"{name}: {tuple(parameter.shape)=} {source.shape=}"
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        piece = _read_part(source, [shard_indices(parameter, dim) for dim in range(parameter.ndim)])
-        local.copy_(piece)
-        num_bytes += piece.nbytes
+        if isinstance(target, QuantLinear):
+            target.fill(_row_reader(source))
+            num_bytes += source.num_bytes
+        else:
+            num_bytes += _copy(target, source, name)
         dtypes[str(source.dtype).removeprefix("torch.")] += 1
     return LoadReport(sum(dtypes.values()), num_bytes, dict(dtypes))
+
+
+def _copy(parameter: Tensor, source: LazyTensor, name: str) -> int:
+    """The bytes read."""
+    assert tuple(parameter.shape) == source.shape, f"{name}: {tuple(parameter.shape)=} {source.shape=}"
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    rows, *others = [shard_indices(parameter, dim) for dim in range(parameter.ndim)]
+    rows = torch.arange(source.shape[0]) if rows is None else rows
+    step = max(1, COPY_BYTES * source.shape[0] // max(1, source.num_bytes)) if source.by_parts else max(1, len(rows))
+    num_bytes = 0
+    for lo in range(0, len(rows), step):
+        piece = _read_part(source, [rows[lo : lo + step], *others])
+        local[lo : lo + step].copy_(piece)
+        num_bytes += piece.nbytes
+    return num_bytes
+
+
+def _row_reader(source: LazyTensor) -> Callable[[int, int], Tensor]:
+    return lambda lo, hi: source.read((slice(lo, hi), slice(None)))
 
 
 def _read_part(source: LazyTensor, held: list[Tensor | None]) -> Tensor:
@@ -169,7 +208,7 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One tensor to save; the same list on every rank."""
 
     name: str
@@ -198,7 +237,7 @@ def save_hf(
     on_rank_0(lambda: _check_free(folder))
     spec = without_padding(spec)
     written = [replace(item, shape=shape) for item, shape in zip(items, weight_shapes(spec).values(), strict=True)]
-    gathered = (_gather(held.get(item.name), item) for item in items)
+    gathered = (gather(held.get(item.name), item) for item in items)
     tensors = (whole if whole is None else whole[: item.shape[0]] for whole, item in zip(gathered, written))
     failure: Exception | None = None
     if rank() == 0:
@@ -211,25 +250,29 @@ def save_hf(
     agreed(lambda: _check_written(folder, failure))
 
 
-def _agree_on_items(held: Mapping[str, Tensor | LazyTensor], spec: ModelSpec, dtype: torch.dtype | None) -> list[_Item]:
-    """The tensors to save, in the model's order, checked against the spec; equal on all ranks."""
-    mine = {name: (tuple(tensor.shape), dtype or tensor.dtype) for name, tensor in held.items()}
-    by_rank = gather_objects(mine)
-    shapes = weight_shapes(spec)
+def list_items(held: Mapping[str, Tensor | LazyTensor], dtype: torch.dtype | None = None) -> dict[str, Item]:
+    """All ranks' tensors by name, with the lowest rank that holds each; equal on all ranks. A collective."""
+    by_rank = gather_objects({name: (tuple(tensor.shape), dtype or tensor.dtype) for name, tensor in held.items()})
     owners = {name: owner for owner in reversed(range(len(by_rank))) for name in by_rank[owner]}
-    missing, extra = [n for n in shapes if n not in owners], [n for n in owners if n not in shapes]
+    return {name: Item(name, *by_rank[owner][name], owner) for name, owner in owners.items()}
+
+
+def _agree_on_items(held: Mapping[str, Tensor | LazyTensor], spec: ModelSpec, dtype: torch.dtype | None) -> list[Item]:
+    """The tensors to save, in the model's order, checked against the spec; equal on all ranks."""
+    found, shapes = list_items(held, dtype), weight_shapes(spec)
+    missing, extra = [n for n in shapes if n not in found], [n for n in found if n not in shapes]
     if missing or extra:
         raise CheckpointError(
             f"the model to save is not the one of its spec: missing {missing[:4]}, unexpected {extra[:4]}\n"
             "  fix: merge or save adapters separately, and give all the model's parameters"
         )
-    items = [_Item(name, *by_rank[owners[name]][name], owners[name]) for name in shapes]
+    items = [found[name] for name in shapes]
     wrong = [f"{item.name}: {item.shape}, expected {shapes[item.name]}" for item in items if item.shape != shapes[item.name]]
     assert not wrong, f"parameters of another shape than the spec's: {wrong[:4]}"
     return items
 
 
-def _gather(held: Tensor | LazyTensor | None, item: _Item) -> Tensor | None:
+def gather(held: Tensor | LazyTensor | None, item: Item) -> Tensor | None:
     """The whole tensor on rank 0, None or anything elsewhere. A collective of the owner's mesh, then a send if that lacks rank 0."""
     whole = None
     if isinstance(held, LazyTensor):
@@ -261,7 +304,7 @@ def _check_written(folder: Path, failure: Exception | None) -> None:
         raise CheckpointError(f"{folder} could not be written: {failure}\n  fix: free space, or choose another folder")
 
 
-def _write_folder(folder: Path, spec: ModelSpec, assets: Assets, items: list[_Item], tensors: Iterable[Tensor], shard_bytes: int) -> None:
+def _write_folder(folder: Path, spec: ModelSpec, assets: Assets, items: list[Item], tensors: Iterable[Tensor], shard_bytes: int) -> None:
     """Rank 0's part: into a hidden folder beside the target, which gets its name when all of it is on the disk."""
     names = [item.name for item in items]
     stored = [stored_as(FAMILIES[spec.family].KEYS, name) for name in names]

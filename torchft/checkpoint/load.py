@@ -4,7 +4,6 @@ Rank 0 compares sizes, the ranks share the hashing of the files, and every rank 
 both ways with the manifest before a parameter is touched. The world size and the mesh may differ from those of the save.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +11,11 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from torchft.checkpoint import state as states
-from torchft.checkpoint.agreement import agreed, on_rank_0, over_ranks
 from torchft.checkpoint.folder import CheckpointFolder
-from torchft.checkpoint.manifest import MANIFEST, STATE, Manifest, TensorInfo, read_listed, read_manifest, verify, wrong_hashes
+from torchft.checkpoint.manifest import MANIFEST, Manifest, TensorInfo, read_manifest, read_state, verify, wrong_hashes
 from torchft.checkpoint.reader import load_tensors
 from torchft.checkpoint.state import Difference, HasParameters
-from torchft.dist import rank, world_size
+from torchft.dist import agreed, on_rank_0, over_ranks, rank, world_size
 from torchft.errors import CheckpointError
 from torchft.log import get_logger
 
@@ -123,7 +121,7 @@ def read_checkpoint(folder: Path) -> tuple[Manifest, dict[str, Any]]:
 
     def read() -> tuple[Manifest, dict[str, Any]]:
         manifest = read_manifest(folder)
-        return manifest, json.loads(read_listed(folder, manifest, STATE))
+        return manifest, read_state(folder, manifest)
 
     return on_rank_0(read)
 

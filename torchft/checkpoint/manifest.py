@@ -130,6 +130,18 @@ def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
     return content
 
 
+def read_state(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """state.json's content, checked against the manifest before it is parsed. Raises CheckpointError."""
+    content = read_listed(folder, manifest, STATE)
+    try:
+        state = json.loads(content)
+        if isinstance(state, dict):
+            return state
+        raise ValueError(f"a {type(state).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / STATE}: not a checkpoint's state ({type(error).__name__}: {error})") from None
+
+
 def hash_file(path: Path) -> FileInfo:
     """Size and SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:

@@ -56,7 +56,7 @@ def grown(tensor: LazyTensor, rows: int, name: str, new: NewRows) -> LazyTensor:
         pieces += [torch.stack(made)[(slice(None), *rest)]] if made else []
         return torch.cat(pieces) if pieces else torch.empty(shape, dtype=tensor.dtype)[tuple(part)]
 
-    return LazyTensor(shape, tensor.dtype, read)
+    return LazyTensor(shape, tensor.dtype, read, by_parts=tensor.by_parts)
 
 
 def cut(tensor: LazyTensor, rows: int) -> LazyTensor:
@@ -68,4 +68,4 @@ def cut(tensor: LazyTensor, rows: int) -> LazyTensor:
         start, stop, _ = first.indices(rows)
         return tensor.read((slice(start, stop), *rest))
 
-    return tensor if rows == tensor.shape[0] else LazyTensor(shape, tensor.dtype, read)
+    return tensor if rows == tensor.shape[0] else LazyTensor(shape, tensor.dtype, read, by_parts=tensor.by_parts)

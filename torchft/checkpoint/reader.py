@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -33,15 +34,15 @@ from torchft.errors import CheckpointError
 INDEX = ".metadata"
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes this rank's part of `tensors` (plain or DTensor, by key) into a new folder; collective over all ranks.
+def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup | None = None) -> None:
+    """Writes this rank's part of `tensors` (plain or DTensor, by key) into a new folder; collective over all ranks, by `group` if given.
 
     A shard or a tensor held by several ranks is written once. The files hold tensors only, are flushed to the disk, and depend on
     nothing but the tensors and the layout: the same state gives the same bytes. Raises CheckpointError on all ranks.
     """
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _agreed_failures(folder):
-        dcp.save(dict(tensors), storage_writer=_Writer(folder, sync_files=True, overwrite=False), planner=planner)
+        dcp.save(dict(tensors), storage_writer=_Writer(folder, sync_files=True, overwrite=False), planner=planner, process_group=group)
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:

@@ -16,12 +16,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from torchft.checkpoint.adapters import Adapter, merged, open_adapter
 from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.gguf import GgufFile
 from torchft.checkpoint.hf import open_weights, weight_shapes
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST, STATE, TensorInfo, hash_weights, read_listed, read_manifest, verify
 from torchft.checkpoint.new_rows import NewRows, cut
+from torchft.checkpoint.peft_files import factors_of
 from torchft.checkpoint.reader import load_tensors, read_index
 from torchft.checkpoint.tensor_files import LazyTensor
 from torchft.config.show import read_saved
@@ -31,6 +33,7 @@ from torchft.models.build import read_config
 from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.spec import ModelSpec
 from torchft.models.vocabulary import VocabConfig, resize_spec, without_padding
+from torchft.peft.lora import LoraConfig
 from torchft.tokenizers.load import load_tokenizer
 from torchft.tokenizers.protocol import Tokenizer
 
@@ -80,7 +83,8 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
     vocab = VocabConfig(**(model.get("vocab") or {}))
     new_rows, trained = NewRows(spec, int(config.get("seed") or 0), vocab.noise), resize_spec(spec, vocab)
     shapes, saved = weight_shapes(trained), read_index(path / "model")
-    _check_fit(path, origin, shapes, saved)
+    adapter = _adapter(path, saved, config)
+    _check_fit(path, origin, shapes, {name: info for name, info in saved.items() if ".lora_" not in name})
     frozen = [name for name in shapes if name not in saved]
     if frozen and (base is None or recorded.get("sha256") != hash_weights(base)):
         raise CheckpointError(
@@ -88,16 +92,19 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
         )
     kept = open_weights(base, trained, new_rows=new_rows).tensors if frozen and base is not None else {}
     held = {name: _trained(path / "model", name, saved[name]) if name in saved else kept[name] for name in shapes}
+    held = merged(held, adapter) if adapter else held
     spec = without_padding(trained)
     tensors = {name: cut(held[name], shape[0]) for name, shape in weight_shapes(spec).items()}
     return ModelSource(spec, tensors, _run_assets(config, base))
 
 
 def run_config(checkpoint: Path) -> dict[str, Any]:
-    """`model`, `tokenizer` and `seed` of a checkpoint's run, by its config.yaml; empty if it stands alone. Raises CheckpointError."""
+    """`model`, `tokenizer`, `adapter` and `seed` of a checkpoint's run, by its config.yaml; empty if it stands alone.
+
+    Raises CheckpointError."""
     path = checkpoint.resolve().parent.parent / "config.yaml"
     saved = OmegaConf.create(read_saved(path))
-    sections = {key: saved.get(key) for key in ("model", "tokenizer") if key in saved}
+    sections = {key: saved.get(key) for key in ("model", "tokenizer", "adapter") if key in saved}
     try:
         return {"seed": saved.get("seed")} | {key: OmegaConf.to_container(section, resolve=True) for key, section in sections.items()}
     except OmegaConfBaseException as error:
@@ -123,6 +130,22 @@ def recorded_base(path: Path, recorded: dict[str, str]) -> Path:
     return Path(named)
 
 
+def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any]) -> Adapter | None:
+    """The adapter a checkpoint holds, None without one; its factors stand in the run's config, or in the files it started from."""
+    names = [name for name in saved if ".lora_" in name]
+    if not names:
+        return None
+    section = dict(config.get("adapter") or {})
+    start = section.pop("path", None)
+    if not section:
+        raise CheckpointError(f"{path} holds an adapter, but its run's config.yaml is not there\n  fix: put the run folder together again")
+    tensors = {name: _trained(path / "model", name, saved[name]) for name in names}
+    if not start:
+        return Adapter(tensors, factors_of(LoraConfig(**section), names))
+    base = read_config(recorded_base(path, {}))[0]
+    return Adapter(tensors, open_adapter(Path(start), base).factors)
+
+
 def _check_fit(path: Path, origin: str, shapes: dict[str, tuple[int, ...]], saved: dict[str, TensorInfo]) -> None:
     strangers = [name for name in saved if name not in shapes]
     if strangers:
@@ -145,7 +168,7 @@ def _trained(folder: Path, name: str, info: Any) -> LazyTensor:
         load_tensors(folder, {name: whole}, alone=True)
         return whole[part]
 
-    return LazyTensor(info.shape, dtype, read)
+    return LazyTensor(info.shape, dtype, read, by_parts=False)
 
 
 def _run_assets(config: dict[str, Any], base: Path | None) -> Assets:

@@ -1,10 +1,10 @@
 """Saving and resuming: a checkpoint appears whole or not at all, and a damaged one is never used unnoticed.
 
-    step_N.tmp-<id>/ <- model/, optimizer/ (all ranks), state.json -> fsync -> manifest.json (hashes; last) -> fsync
-        -> rename to step_N/ -> fsync -> latest -> best -> retention
+    save_if_due --capture--> write_checkpoint (writing.py) -> latest -> best -> retention              in the foreground
+                --capture, copy--> a thread with a process group of its own does the same              checkpoint.async_save
 
-Every phase ends with all ranks agreeing that it went well, so a rank that fails leaves nobody waiting; a failed save is a loud warning, its
-files go, training goes on, and the third failure in a row is an error. docs/checkpoints.md has the format and the guarantees.
+A failed save is a loud warning, its files go, training goes on, and too many failures in a row are an error; that of a background save
+surfaces on all ranks at the next step. docs/checkpoints.md has the format and the guarantees.
 """
 
 import math
@@ -12,41 +12,26 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from torchft import __version__
 from torchft.checkpoint import state as states
-from torchft.checkpoint.agreement import agreed, on_rank_0, over_ranks
+from torchft.checkpoint.background import Background, Pace, Saved, background_group
 from torchft.checkpoint.folder import BEST, LATEST, Best, CheckpointFolder, step_name, step_of
 from torchft.checkpoint.load import load_training, newest_good, raise_if_damaged
-from torchft.checkpoint.manifest import (
-    STATE,
-    FileInfo,
-    Manifest,
-    TensorInfo,
-    encode_json,
-    hash_file,
-    sync_folder,
-    verify,
-    write_durably,
-    write_manifest,
-)
-from torchft.checkpoint.reader import INDEX, save_tensors
+from torchft.checkpoint.manifest import encode_json
 from torchft.checkpoint.state import HasParameters
-from torchft.dist import environment, rank, world_size
-from torchft.errors import CheckpointError, ConfigError, Problem
+from torchft.checkpoint.writing import Capture, Staging, fire_together, warn_of_small_disk, write_checkpoint
+from torchft.dist import agree, agreed, environment, on_rank_0, rank
+from torchft.errors import CheckpointError, ConfigError, NumericError, Problem
 from torchft.faults import fire
 from torchft.log import get_logger
 
 logger = get_logger(__name__)
-
-MAX_FAILURES = 3
-PARTS = ("model", "optimizer")
 
 
 @dataclass
@@ -55,6 +40,10 @@ class CheckpointConfig:
 
     every_steps: int = 500  # save every so many optimizer steps; 0: only at the end
     save_at_end: bool = True  # save when training is done
+    async_save: bool = False  # write beside the training, from a copy in host memory as large as the rank's part of a checkpoint
+    check_finite: bool = True  # end the run rather than save weights or optimizer state that are not finite
+    max_failures: int = 3  # so many failed saves in a row end the run
+    mttf_hours: float = 24.0  # hours between failures to expect, for the interval that is suggested after the second save
     keep_last: int = 3  # checkpoints to keep besides `best`; 0: all; the newest two good ones are never deleted
     resume: str = "auto"  # auto: newest good checkpoint of this output_dir, if any; none: start anew; or a checkpoint's path
     load: str | None = None  # start from the weights alone of another run's checkpoint or run folder
@@ -68,6 +57,10 @@ class CheckpointConfig:
         for key in ("every_steps", "keep_last"):
             if getattr(self, key) < 0:
                 yield Problem(f"checkpoint.{key}", str(getattr(self, key)), "0 or more", "use 0 for none of it, or a positive number")
+        if self.max_failures < 1:
+            yield Problem("checkpoint.max_failures", str(self.max_failures), "1 or more", "use 3")
+        if not self.mttf_hours > 0:
+            yield Problem("checkpoint.mttf_hours", str(self.mttf_hours), "more than 0 hours", "use 24")
         for key, choices in (("best_mode", ("min", "max")), ("verify", ("quick", "full"))):
             if getattr(self, key) not in choices:
                 yield Problem(f"checkpoint.{key}", getattr(self, key), " or ".join(choices), "choose one of them")
@@ -95,6 +88,7 @@ class Store:
         config_hash: str = "",
         mesh: Mapping[str, int] | None = None,
         base: dict[str, str] | None = None,
+        on_saved: Callable[[Saved], None] = lambda saved: None,
     ):
         frozen = {name for name, _ in parts.named_parameters()} - parts.trainable
         if frozen and base is None:
@@ -102,47 +96,76 @@ class Store:
         self.folder = CheckpointFolder(Path(folder))
         self.parts, self.optimizer, self.cfg = parts, optimizer, cfg
         self.extra_state, self.config_hash, self.mesh, self.base = extra_state, config_hash, dict(mesh or {}), base
+        self.on_saved = on_saved
         self._initial_options = states.group_options(optimizer)
         self._parent: str | None = cfg.load
         self._at: int | None = None  # the step whose checkpoint in this folder is this run's state
         self._failures = 0
+        self._staging = Staging() if cfg.async_save else None
+        self._group = background_group() if cfg.async_save else None
+        self._pending: Background | None = None
+        self._pace = Pace()
         self._noted: tuple[int, float] | None = None  # step and value of the last best_by metric
         self._best: Best | None = None
 
     def save_if_due(self, step: int) -> Path | None:
-        """Saves every `every_steps` steps; the checkpoint's path, None if not due or failed."""
+        """Once after every step: saves every `every_steps`; the checkpoint's path, None if not due, failed or still on its way."""
+        self.poll()
         due = self.cfg.every_steps > 0 and step % self.cfg.every_steps == 0
         return self.save(step) if due else None
 
     def save(self, step: int, *, required: bool = False) -> Path | None:
-        """Saves now, on all ranks; the checkpoint's path, or None after a failure, which is logged and retried at the next interval.
+        """Saves now, on all ranks; the checkpoint's path, or None after a failure, which is logged and retried at the next interval, and
+        None while a background save is on its way. `required` (the last of a run): in the foreground, and a failure is an error.
 
-        Raises CheckpointError at the third failure in a row, or at the first if the save is `required` (the last of a run).
+        Raises CheckpointError after max_failures in a row, or at the first if required; NumericError if a number is not finite.
         """
+        start = time.monotonic()
+        self.wait()
         final = self.folder.path / step_name(step)
         if step == self._at:
             return final
-        temp = on_rank_0(lambda: self.folder.temp_name(final))
-        start = time.monotonic()
+        self._pace.begins(step, start)
         try:
-            size = self._write(temp, final, step)
+            capture, settle = agreed(lambda: self._capture(step)), partial(self._settle, step, self._noted)
+            if self._staging and not required:
+                self._pending = Background(self.folder, capture, self._group, settle, start)
+                self._pace.ends(step)
+                return None
+            size = write_checkpoint(self.folder, capture)
+            settle()
         except CheckpointError as error:
-            self._give_up(temp, error, required=required)
+            took = time.monotonic() - start
+            self._failed(Saved(step, final, took, took, problem=str(error)), required=required)
             return None
-        self._at, self._failures, self._parent = step, 0, final.name
-        self._settle(step)
-        if rank() == 0:
-            logger.info("saved %s: %.2f GiB in %.1f s", final, size / 2**30, time.monotonic() - start)
+        took = time.monotonic() - start
+        self._succeeded(Saved(step, final, took, took, size))
+        self._pace.ends(step)
         return final
+
+    def wait(self) -> None:
+        """Until no save is in the background; raises what it raised. On all ranks."""
+        if self._pending is not None:
+            self._pending.join()
+            self._finish()
+
+    def poll(self) -> None:
+        """The same if the save in the background is through on all ranks; a collective while there is one. Once a step."""
+        if self._pending is not None and not agree(self._pending.is_alive()):
+            self._finish()
 
     def note_metric(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tells of a validation; its checkpoint becomes `best` if `best_by` is among the metrics and better. Before or after the save."""
-        if self.cfg.best_by is None or self.cfg.best_by not in metrics or rank() != 0:
+        if self.cfg.best_by is None or self.cfg.best_by not in metrics:
+            return
+        if self._pending is not None and self._pending.step == step:
+            self.wait()
+        if rank() != 0:
             return
         self._noted = (step, float(metrics[self.cfg.best_by]))
         if step == self._at:
             try:
-                self._update_best(step)
+                self._update_best(step, self._noted)
             except OSError as error:
                 logger.warning("CHECKPOINT: %s could not be marked best: %s", step_name(step), error)
 
@@ -154,6 +177,8 @@ class Store:
         """
         on_rank_0(self.folder.remove_leftovers)
         own = on_rank_0(self.folder.list_steps)
+        missing = max(1, self.cfg.keep_last + 1 - len(own))  # one more while it is written
+        warn_of_small_disk(self.folder.path, self.parts, missing, numbers=1 if self.cfg.model_only else 3)
         restarted = environment("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if self.cfg.resume == "none" and not restarted:
             self._start_over(own)
@@ -172,65 +197,38 @@ class Store:
         on_rank_0(lambda: self._continue_line(mine, own))
         return state
 
-    def _write(self, temp: Path, final: Path, step: int) -> int:
-        """The protocol up to the rename; the checkpoint's size in bytes. Raises CheckpointError on all ranks, at whatever went wrong."""
-        tensors, description, extra = agreed(self._collect)
-        infos = {part: states.merge(over_ranks(states.tensor_infos(tensors[part]))) for part in PARTS}
-        state = {**extra, **self._own_state(states.merge_descriptions(over_ranks(description))), "step": step}
-        on_rank_0(lambda: _begin(temp, infos))
-        self._fire("save.before_data", step)
-        agreed(lambda: save_tensors(temp / "model", tensors["model"]))
-        self._fire("save.mid_data", step)
-        agreed(lambda: save_tensors(temp / "optimizer", tensors["optimizer"]))
-        files = states.merge(over_ranks(agreed(lambda: _finish_data(temp, state))))
-        self._fire("save.before_manifest", step)
-        manifest = Manifest(
-            step=step,
-            tokens=int(extra.get("tokens", 0)),
-            world_size=world_size(),
-            mesh=self.mesh,
-            config_hash=self.config_hash,
-            versions={"torch": torch.__version__, "torchft": __version__},
-            parent=self._parent,
-            tensors=infos,
-            files=files,
-        )
-        on_rank_0(lambda: _commit(temp, manifest))
-        self._fire("save.before_rename", step)
-        on_rank_0(lambda: self.folder.publish(temp, final))
-        return sum(info.size for info in files.values())
-
-    def _collect(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
-        """What this rank has to save: tensors by part, its description of the optimizer, the rest of state.json."""
+    def _capture(self, step: int) -> Capture:
+        """What this rank has to save; for a background save a copy of it."""
         extra = self.extra_state()
         encode_json(extra)  # what can't be written fails here, before anything is
         optimizer = {} if self.cfg.model_only else states.optimizer_tensors(self.optimizer)
         tensors = {"model": states.model_tensors(self.parts), "optimizer": optimizer}
-        return tensors, states.describe_optimizer(self.optimizer, self._initial_options), extra
+        own = {"trainable": states.names_hash(self.parts.trainable), "base": self.base, "model_only": self.cfg.model_only}
+        facts = {"mesh": self.mesh, "config_hash": self.config_hash, "parent": self._parent}
+        description = states.describe_optimizer(self.optimizer, self._initial_options)
+        capture = Capture(step, tensors, description, {**extra, **own}, facts, self.cfg.check_finite)
+        return self._staging.copy(capture) if self._staging else capture
 
-    def _own_state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        trainable = states.names_hash(self.parts.trainable)
-        return {"optimizer": optimizer, "trainable": trainable, "base": self.base, "model_only": self.cfg.model_only}
-
-    def _settle(self, step: int) -> None:
+    def _settle(self, step: int, noted: tuple[int, float] | None, group: ProcessGroup | None = None) -> None:
         """latest, best, retention. The checkpoint is there already, so a failure here is a warning."""
         try:
-            self._fire("save.after_rename", step)
-            on_rank_0(lambda: self.folder.point(LATEST, step_name(step)))
-            on_rank_0(lambda: self._update_best(step))
-            agreed(lambda: self._retain(step))
+            fire_together("save.after_rename", step, group)
+            on_rank_0(lambda: self.folder.point(LATEST, step_name(step)), group)
+            on_rank_0(lambda: self._update_best(step, noted), group)
+            agreed(lambda: self._retain(step), group)
         except CheckpointError as error:
             if rank() == 0:
                 logger.warning("CHECKPOINT: %s is saved, but latest, best or retention failed: %s", step_name(step), error)
 
-    def _update_best(self, step: int) -> None:
+    def _update_best(self, step: int, noted: tuple[int, float] | None) -> None:
+        """noted: step and value of the last metric when the save began."""
         if self.cfg.best_by is None:
             return
-        if self._noted is None:
+        if noted is None:
             logger.warning("CHECKPOINT: no metric checkpoint.best_by=%s up to step %d, so no checkpoint is best", self.cfg.best_by, step)
-        if self._noted is None or self._noted[0] != step:
+        if noted is None or noted[0] != step:
             return
-        value = self._noted[1]
+        value = noted[1]
         if math.isfinite(value) and (self._best is None or self._best.is_beaten_by(value, self.cfg.best_mode)):
             self._best = Best(step, self.cfg.best_by, value)
             self.folder.write_best(self._best)
@@ -241,13 +239,36 @@ class Store:
         for path in hidden:
             shutil.rmtree(path)
 
-    def _give_up(self, temp: Path, error: CheckpointError, *, required: bool) -> None:
-        self._failures += 1
+    def _finish(self) -> None:
+        """Takes the outcome of a background save that is through. Raises, on all ranks, NumericError or, at last, CheckpointError."""
+        pending, self._pending = self._pending, None
+        step, final = pending.step, self.folder.path / step_name(pending.step)
+        if isinstance(pending.error, NumericError):
+            raise pending.error
+        try:
+            size = agreed(pending.result)
+        except CheckpointError as error:
+            self._failed(Saved(step, final, pending.blocked_s, pending.total_s, problem=str(error)))
+            return
+        self._succeeded(Saved(step, final, pending.blocked_s, pending.total_s, size))
+
+    def _succeeded(self, saved: Saved) -> None:
+        self._at, self._failures, self._parent = saved.step, 0, saved.path.name
+        self.on_saved(saved)
         if rank() == 0:
-            shutil.rmtree(temp, ignore_errors=True)
-            logger.warning("CHECKPOINT NOT SAVED (failure %d of %d in a row): %s", self._failures, MAX_FAILURES, error)
-        if required or self._failures >= MAX_FAILURES:
-            raise CheckpointError(f"no checkpoint could be saved, {self._failures} times in a row: {error}") from None
+            beside = f", training stood still for {saved.blocked_s:.2f} s" if self._staging else ""
+            took = f"{saved.num_bytes / 2**30:.2f} GiB in {saved.total_s:.1f} s, {saved.mb_per_s:.0f} MB/s{beside}"
+            logger.info("saved %s: %s", saved.path, took)
+            if advice := self._pace.advice(saved.blocked_s, self.cfg.mttf_hours, self.cfg.every_steps):
+                logger.info("%s", advice)
+
+    def _failed(self, saved: Saved, *, required: bool = False) -> None:
+        self._failures += 1
+        self.on_saved(saved)
+        if rank() == 0:
+            logger.warning("CHECKPOINT NOT SAVED (failure %d of %d in a row): %s", self._failures, self.cfg.max_failures, saved.problem)
+        if required or self._failures >= self.cfg.max_failures:
+            raise CheckpointError(f"no checkpoint could be saved, {self._failures} times in a row: {saved.problem}")
 
     def _continue_line(self, mine: Path | None, own: list[Path]) -> None:
         """Leaves one line of checkpoints in the folder: later ones than `mine` (without it, all) are set aside, the pointers mended."""
@@ -269,39 +290,3 @@ class Store:
             fix = "use checkpoint.resume=auto, another output_dir, or checkpoint.overwrite=true, which deletes them"
             raise ConfigError(Problem("checkpoint.resume", given, "a folder without checkpoints", fix))
         on_rank_0(lambda: self.folder.delete_all(own))
-
-    def _fire(self, point: str, step: int) -> None:
-        agreed(lambda: fire(point, step=step))
-
-
-def _begin(temp: Path, infos: Mapping[str, Mapping[str, TensorInfo]]) -> None:
-    """Makes the temporary folder, if there is room for the tensors."""
-    temp.mkdir(parents=True)
-    needed = sum(_num_bytes(info) for part in infos.values() for info in part.values())
-    free = shutil.disk_usage(temp).free
-    if needed > free:
-        raise CheckpointError(f"{temp.parent}: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free: make room")
-
-
-def _finish_data(temp: Path, state: dict[str, Any]) -> dict[str, FileInfo]:
-    """Hashes the files this rank wrote; rank 0 adds the indexes and state.json, and syncs the folders."""
-    mine = [path for part in PARTS for path in (temp / part).glob(f"__{rank()}_*.distcp")]
-    if rank() == 0:
-        write_durably(temp / STATE, encode_json(state))
-        for folder in (temp / "model", temp / "optimizer", temp):
-            sync_folder(folder)
-        mine += [temp / STATE, *(temp / part / INDEX for part in PARTS)]
-    return {path.relative_to(temp).as_posix(): hash_file(path) for path in mine}
-
-
-def _commit(temp: Path, manifest: Manifest) -> None:
-    """Writes the manifest, and makes sure that the files it lists are the files that are there."""
-    write_manifest(temp, manifest)
-    sync_folder(temp)
-    problems = verify(temp, "quick")
-    if problems:
-        raise CheckpointError(f"not all ranks' files are in rank 0's folder (is output_dir shared by all hosts?): {'; '.join(problems)}")
-
-
-def _num_bytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * getattr(torch, info.dtype).itemsize

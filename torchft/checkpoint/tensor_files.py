@@ -29,6 +29,7 @@ INDEX_BYTES = 64 << 20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTS = {"I32": torch.int32}  # of packed weights
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -39,14 +40,15 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[tuple[slice, ...]], Tensor]
+    by_parts: bool = True  # False: reading a part reads the whole
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def open_tensors(folder: Path) -> dict[str, LazyTensor]:
-    """All tensors of a folder of safetensors by the names in the files, in the files' order.
+def open_tensors(folder: Path, *, packed: bool = False) -> dict[str, LazyTensor]:
+    """All tensors of a folder of safetensors by the names in the files, in the files' order. packed: int32 ones may be among them.
 
     Raises CheckpointError: no weights, only pickles, a missing shard, a hostile index, a damaged file, index and files that differ.
     """
@@ -55,7 +57,7 @@ def open_tensors(folder: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{folder} holds both {SINGLE} and {INDEX}\n  fix: delete the one that is left over from an older save")
     if not index.is_file():
         _check_single(folder, single)
-        return _open_file(file_in(folder, SINGLE, suffix=".safetensors", source=str(folder)))
+        return open_file(file_in(folder, SINGLE, suffix=".safetensors", source=str(folder)), packed=packed)
     weight_map = read_json(index, max_bytes=INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map\n  expected: {{tensor name: file name}}\n  fix: take the file again")
@@ -63,7 +65,7 @@ def open_tensors(folder: Path) -> dict[str, LazyTensor]:
     absent = [name for name, path in paths.items() if not path.is_file()]
     if absent:
         raise CheckpointError(f"{folder} lacks {len(absent)} of {len(paths)} shards: {', '.join(absent[:8])}\n  fix: complete the download")
-    return _open_shards(index, weight_map, paths)
+    return _open_shards(index, weight_map, paths, packed)
 
 
 def _check_single(folder: Path, single: Path) -> None:
@@ -80,10 +82,10 @@ def _check_single(folder: Path, single: Path) -> None:
     raise CheckpointError(f"{folder} holds no weights\n  expected: {SINGLE} or {INDEX} with its shards\n  fix:      check the folder")
 
 
-def _open_shards(index: Path, weight_map: Mapping[str, str], paths: Mapping[str, Path]) -> dict[str, LazyTensor]:
+def _open_shards(index: Path, weight_map: Mapping[str, str], paths: Mapping[str, Path], packed: bool) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for file_name, path in paths.items():
-        found = _open_file(path)
+        found = open_file(path, packed=packed)
         wrong = [name for name in found if weight_map.get(name) != file_name]
         if wrong:
             raise CheckpointError(
@@ -98,21 +100,22 @@ def _open_shards(index: Path, weight_map: Mapping[str, str], paths: Mapping[str,
     return tensors
 
 
-def _open_file(path: Path) -> dict[str, LazyTensor]:
+def open_file(path: Path, *, packed: bool = False) -> dict[str, LazyTensor]:
+    """All tensors of one safetensors file. packed: integers too. Raises CheckpointError if it is damaged or holds other types."""
     _check_header(path)
     try:
         file = safe_open(path, framework="pt")
         views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or incomplete: {error}\n  fix: take the file again") from None
-    return {name: _lazy(path, name, view) for name, view in views.items()}
+    return {name: _lazy(path, name, view, FLOATS | INTS if packed else FLOATS) for name, view in views.items()}
 
 
-def _lazy(path: Path, name: str, view: object) -> LazyTensor:
-    dtype = FLOATS.get(view.get_dtype())
+def _lazy(path: Path, name: str, view: object, dtypes: Mapping[str, torch.dtype]) -> LazyTensor:
+    dtype = dtypes.get(view.get_dtype())
     if dtype is None:
         raise CheckpointError(
-            f"{path}: {name} has dtype {view.get_dtype()}\n  expected: {', '.join(FLOATS)}\n  fix: take the model's unquantised weights"
+            f"{path}: {name} has dtype {view.get_dtype()}\n  expected: {', '.join(dtypes)}\n  fix: take the model's unquantised weights"
         )
 
     def read(part: tuple[slice, ...]) -> Tensor:

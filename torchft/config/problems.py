@@ -12,6 +12,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
 from torchft.config.sources import Key, Layer
+from torchft.dist import secret_values
 from torchft.errors import Problem
 
 CODE_KEYS = ("_target_", "_component_")
@@ -120,5 +121,7 @@ def redacted(problem: Problem) -> Problem:
 
 
 def redact_text(text: str) -> str:
-    """Without anything that looks like an access token."""
+    """Without anything that looks like an access token, and without the secrets of the environment."""
+    for secret in secret_values():
+        text = text.replace(secret, REDACTED)
     return _SECRET_VALUE.sub(REDACTED, text)

@@ -24,6 +24,7 @@ class Timing:
     time: float  # Unix seconds at its end
     step_s: float
     data_wait_s: float  # part of step_s
+    alone_s: float  # up to the moment the data was there: until then no rank waits for another
     tokens: int
     tokens_total: int
     tokens_per_s: float
@@ -46,11 +47,12 @@ class StepMeter:
         self._clock, self._now = clock, now
         self._recent: deque[float] = deque(maxlen=ETA_STEPS)
         self._started: float | None = None
-        self._waited = 0.0
+        self._waited, self._ready = 0.0, 0.0
 
     def start(self) -> None:
         """A step begins now."""
         self._started, self._waited = self._clock(), 0.0
+        self._ready = self._started
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -59,16 +61,17 @@ class StepMeter:
         try:
             yield
         finally:
-            self._waited += self._clock() - before
+            self._ready = self._clock()
+            self._waited += self._ready - before
 
     def stop(self, step: int, tokens: int) -> Timing:
         """Step number `step`, with `tokens` non-padding tokens over all ranks, ends now. Call it when the loss is on the host:
         a device that is still computing would make the step look short."""
         assert self._started is not None, "start() comes before stop()"
-        seconds = self._clock() - self._started
+        seconds, alone = self._clock() - self._started, self._ready - self._started
         self._started = None
         self._recent.append(seconds)
         self.tokens_total += tokens
         rate = tokens / seconds if seconds > 0 else 0.0
         left = median(self._recent) * max(0, self.num_steps - step)
-        return Timing(self._now(), seconds, self._waited, tokens, self.tokens_total, rate, left)
+        return Timing(self._now(), seconds, self._waited, alone, tokens, self.tokens_total, rate, left)

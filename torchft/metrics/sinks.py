@@ -26,6 +26,9 @@ from torchft.metrics.trackers import TRACKERS, Tracked, missing_packages
 log = get_logger(__name__)
 
 
+SHOWN = 8  # entries of a list on the console
+
+
 @dataclass
 class MetricsConfig:
     """What is logged, how often and where to."""
@@ -35,11 +38,14 @@ class MetricsConfig:
     project: str = "torchft"  # project (MLflow: experiment) of the run at wandb, mlflow and swanlab
     level: Literal["debug", "info", "warning", "error"] = "info"  # least severe message on stderr; other ranks say warnings and errors
     peak_tflops: float | None = None  # a device's dense peak in TFLOP/s, for MFU; null: from a table by the device's name, CPU none
+    ranks_every_steps: int = 100  # compare the ranks' own times every so many steps and name a slow one; 0: never
     profile: ProfileConfig = field(default_factory=ProfileConfig)  # a window of steps under torch's profiler
 
     def check(self) -> Iterator[Problem]:
         if self.every_steps < 1:
             yield Problem("metrics.every_steps", str(self.every_steps), "at least 1", "use 1 to log every step")
+        if self.ranks_every_steps < 0:
+            yield Problem("metrics.ranks_every_steps", str(self.ranks_every_steps), "0 or more", "use 0 for never")
         for name in self.sinks:
             if name not in SINKS and name not in TRACKERS:
                 yield Problem("metrics.sinks", name, f"any of {', '.join([*SINKS, *TRACKERS])}", "correct the name, or remove it")
@@ -73,7 +79,7 @@ class ConsoleSink:
         self._print(row["step"], train_text(row, eta_s) if "loss" in row else validation_text(row))
 
     def event(self, event: Row) -> None:
-        details = "  ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "step", "event"))
+        details = "  ".join(f"{key}={_short(value)}" for key, value in event.items() if key not in ("time", "step", "event"))
         self._print(event["step"], f"{event['event']}  {details}")
 
     def close(self) -> None:
@@ -168,6 +174,13 @@ def train_text(row: Row, eta_s: float | None) -> str:
 def validation_text(row: Row) -> str:
     """The console's words for a validation row."""
     return "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key.startswith("val/"))
+
+
+def _short(value: Any) -> str:
+    """A detail for a line of the console: of a long list the first few."""
+    if isinstance(value, list) and len(value) > SHOWN:
+        return f"{', '.join(map(str, value[:SHOWN]))} and {len(value) - SHOWN} more"
+    return str(value)
 
 
 def _warn(name: str, error: BaseException) -> None:

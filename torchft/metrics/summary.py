@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from torchft.metrics.goodput import goodput_text
 from torchft.metrics.rows import Row, write_whole
 
 
@@ -60,6 +61,8 @@ def summary_text(summary: dict[str, Any]) -> str:
         lines += [("not finite", f"{s['rows_not_finite']} losses")]
     for key, v in s["validation"].items():
         lines += [(key, f"{v['first']:.4f} -> {v['last']:.4f}, best {v['best']:.4f} at step {v['best_step']}")]
+    if s.get("goodput"):
+        lines += [("goodput", goodput_text(s["goodput"]))]
     names = s["checkpoints"]
     lines += [("checkpoints", ", ".join(names) if names else "none")] + [("run folder", s["run_dir"])]
     width = max(len(name) for name, _ in lines)

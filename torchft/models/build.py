@@ -30,8 +30,9 @@ FAMILIES: dict[str, ModuleType] = {  # a family: from_hf, to_hf, KEYS, MODEL_TYP
 }
 
 
-def read_config(folder: Path | str) -> tuple[ModelSpec, dict[str, Any]]:
-    """The model that a HF folder describes, and its config.json as it stands. Raises ConfigError."""
+def read_config(folder: Path | str, *, packed: bool = False) -> tuple[ModelSpec, dict[str, Any]]:
+    """The model that a HF folder describes, and its config.json as it stands. packed: `quantization_config` may stand there, for the
+    caller to read. Raises ConfigError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(Problem("model.path", str(folder), "a folder with config.json and safetensors files", _folder_fix(folder)))
@@ -40,7 +41,8 @@ def read_config(folder: Path | str) -> tuple[ModelSpec, dict[str, Any]]:
         fix = "give the folder of a HF model; for a .gguf file or a training checkpoint convert it first: scripts/convert_checkpoint.py"
         raise ConfigError(Problem("model.path", str(folder), "a folder that holds config.json", fix))
     config = read_json(path)
-    return spec_from_config(config, where=str(path)), config
+    read_here = {key: value for key, value in config.items() if key != "quantization_config"} if packed else config
+    return spec_from_config(read_here, where=str(path)), config
 
 
 def spec_from_config(config: Mapping[str, Any], *, where: str) -> ModelSpec:

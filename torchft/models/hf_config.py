@@ -35,7 +35,10 @@ HARMLESS = {
 HARMLESS_KEYS = {key: reason for reason, keys in HARMLESS.items() for key in keys.split()}  # key -> why it may be ignored
 ONLY = {"is_encoder_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},)}  # may stand there with this value alone
 UNSUPPORTED = "a model with this value can't be run: choose another checkpoint"
-HINTS = {"quantization_config": "quantised weights can't be read: take the unquantised checkpoint of this model"}
+HINTS = {
+    "quantization_config": "quantised weights can't be trained in full: take the unquantised checkpoint of this model, or train adapters "
+    "on it (recipes/lora_finetune.py)"
+}
 
 
 class HfConfig:

@@ -51,15 +51,17 @@ def parallelize(
                 module, mesh, precision, parallel.fsdp, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard
             )
         module.to_empty(device="cpu" if parallel.fsdp.cpu_offload else mesh.device)
-    pipeline = _pipeline(modules, mesh, parallel, precision)
     tokens_over = mesh.degrees["tp"] if parallel.sequence_parallel else 1
+    pipeline = _pipeline(modules, mesh, parallel, precision, tokens_over)
     return Parts(list(modules), mesh, _over_stages(trainable, mesh), pipeline, parallel.fsdp.sync_every_micro_batch, tokens_over)
 
 
-def _pipeline(modules: Sequence[Decoder], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> Pipeline | None:
+def _pipeline(
+    modules: Sequence[Decoder], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig, tokens_over: int
+) -> Pipeline | None:
     if mesh.degrees["pp"] == 1:
         return None
-    return Pipeline(modules[0], mesh, parallel.schedule, precision.compute_dtype, parallel.timeout_s)
+    return Pipeline(modules[0], mesh, parallel.schedule, precision.compute_dtype, parallel.timeout_s, tokens_over)
 
 
 def _over_stages(names: set[str], mesh: Mesh) -> frozenset[str]:

@@ -3,8 +3,8 @@
     derived: fsdp = dp_shard x cp (parameters are sharded over it; dp_replicate stands apart)
              dp   = dp_replicate x dp_shard (who gets which batches; counts)      data = dp x cp (gradients, metrics)
 
-Degrees are checked against the number of processes and the model before anything is allocated. The combinations that
-tests/dist holds equal to one process are listed in SUPPORTED; any other raises.
+Degrees are checked against the number of processes and the model before anything is allocated. pp, dp_replicate, dp_shard and tp
+go together in any combination; tests/dist holds each equal to one process (the matrix in docs/parallelism.md is made from its cells).
 """
 
 import math
@@ -21,11 +21,6 @@ from torchft.errors import ConfigError, Problem
 from torchft.models.spec import ModelSpec
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-SUPPORTED = (
-    {"dp_replicate", "dp_shard"},  # FSDP2, HSDP
-    {"dp_shard", "tp"},
-    {"dp_shard", "pp"},
-)
 
 
 @dataclass
@@ -53,6 +48,7 @@ class ParallelConfig:
     sequence_parallel: bool = True  # under tp, shard the tokens between blocks (memory); the numbers are the same
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)  # options of FSDP2
     timeout_s: float = 600.0  # a collective that takes longer ends the run
+    step_timeout_s: float = 300.0  # the same in a training step after the first, where all ranks should keep pace
 
     def check(self) -> Iterator[Problem]:
         for axis in AXES:
@@ -61,8 +57,9 @@ class ParallelConfig:
                 yield Problem(f"parallel.{axis}", str(degree), "a whole number >= 1", "use 1 to switch the axis off")
         if self.cp != 1:
             yield Problem("parallel.cp", str(self.cp), "1: context parallelism is not built yet", "use parallel.tp or shorter sequences")
-        if self.timeout_s <= 0:
-            yield Problem("parallel.timeout_s", str(self.timeout_s), "seconds > 0", "use 600")
+        for key, usual in (("timeout_s", 600), ("step_timeout_s", 300)):
+            if getattr(self, key) <= 0:
+                yield Problem(f"parallel.{key}", str(getattr(self, key)), "seconds > 0", f"use {usual}")
 
 
 @dataclass(frozen=True)
@@ -121,11 +118,9 @@ def resolve_degrees(cfg: ParallelConfig, world_size: int) -> dict[str, int]:
 
 
 def check_degrees(degrees: dict[str, int], spec: ModelSpec, cfg: ParallelConfig) -> Iterator[Problem]:
-    """What the model does not allow, and combinations no test covers."""
-    used = {axis for axis, degree in degrees.items() if degree > 1}
-    if not any(used <= allowed for allowed in SUPPORTED):
-        allowed = "; ".join(" x ".join(sorted(s)) for s in SUPPORTED)
-        yield Problem("parallel", " x ".join(sorted(used)), f"one of: {allowed}", "set the other axes to 1")
+    """What the model does not allow, and what is not built."""
+    if degrees["cp"] > 1:
+        yield Problem("parallel.cp", str(degrees["cp"]), "1: context parallelism is not built yet", "use parallel.tp or shorter sequences")
     tp, pp = degrees["tp"], degrees["pp"]
     if expected := _refused(tp, spec):
         legal = [d for d in range(1, spec.attention.num_heads + 1) if not _refused(d, spec)]
@@ -170,6 +165,15 @@ def build_mesh(degrees: dict[str, int], device: torch.device, *, mixed: bool = F
         fsdp = join_meshes([root["dp_replicate"], fsdp])
     mesh = Mesh(degrees, device, root, fsdp, flatten_mesh(root["dp_replicate", "dp_shard"], "dp"))
     if timeout_s is not None:
-        for part in (*(root[axis] for axis in AXES), flatten_mesh(root["dp_shard", "cp"], "fsdp"), mesh.dp):
-            set_timeout(part.get_group(), timeout_s)
+        limit_time(mesh, timeout_s)
     return mesh
+
+
+def limit_time(mesh: Mesh, timeout_s: float) -> None:
+    """How long a collective of any axis, or of the default group, may take from here on."""
+    root = mesh.device_mesh
+    if root is None:
+        return
+    set_timeout(torch.distributed.group.WORLD, timeout_s)
+    for part in (*(root[axis] for axis in AXES), flatten_mesh(root["dp_shard", "cp"], "fsdp"), mesh.dp):
+        set_timeout(part.get_group(), timeout_s)

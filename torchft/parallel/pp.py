@@ -55,6 +55,7 @@ class Pipeline:
     schedule: str
     compute_dtype: torch.dtype
     timeout_s: float = 600.0
+    tokens_over: int = 1  # tp ranks among which the stream's tokens are dealt (sequence parallelism)
 
     def __post_init__(self):
         self._built: dict[tuple, Any] = {}
@@ -90,14 +91,15 @@ class Pipeline:
             return torch.empty(shape, dtype=self.compute_dtype, device="meta", requires_grad=backward)
 
         d, last = self.module.spec.hidden_size, self.module.last
+        stream = (b, t // self.tokens_over, d)
         wide = torch.promote_types(self.compute_dtype, torch.float32)
         stage = PipelineStage(
             self.module,
             self.mesh.rank("pp"),
             self.mesh.degrees["pp"],
             self.mesh.device,
-            input_args=torch.empty(b, t, dtype=torch.int64, device="meta") if self.module.first else hidden(b, t, d),
-            output_args=torch.empty(1, dtype=wide, device="meta", requires_grad=backward) if last else hidden(b, t, d),
+            input_args=torch.empty(b, t, dtype=torch.int64, device="meta") if self.module.first else hidden(*stream),
+            output_args=torch.empty(1, dtype=wide, device="meta", requires_grad=backward) if last else hidden(*stream),
             group=self.mesh.group("pp"),
         )
         if not backward:

@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from torchft.batch import VocabShard
+from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import Decoder
+from torchft.quant.linear import QuantLinear
 
 Role = Literal["column", "row", "norm", "added_norm", "head_norm", "gather", "embedding", "positions"]
 Plan = tuple[tuple[str, Role], ...]
@@ -59,6 +61,7 @@ def apply_tp(model: Decoder, mesh: DeviceMesh, *, sequence_parallel: bool) -> No
     for name, module in list(model.named_modules()):
         for pattern, role in plan:
             if fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
+                check_cut(name, module, mesh.size(), ROLE_INDEX.get(role))
                 _distribute(module, mesh, role, stream)
     if kv_heads % mesh.size():
         for block in model.layers.values():
@@ -74,6 +77,15 @@ def apply_tp(model: Decoder, mesh: DeviceMesh, *, sequence_parallel: bool) -> No
         _partition(model.lm_head, mesh, 0)
 
 
+def check_cut(name: str, module: nn.Module, tp: int, index: int | None) -> None:
+    """Raises ConfigError if a quantised layer would be cut through a block of its weights."""
+    for parameter, dim in _dims(module, index).items():
+        if isinstance(module, QuantLinear) and dim is not None and getattr(module, parameter).shape[dim] % tp:
+            given, size = f"{tp} cuts the {parameter} of {name}", getattr(module, parameter).shape[dim]
+            fix = "use a smaller quant.block_size or parallel.tp, or add the layer to quant.exclude"
+            raise ConfigError(Problem("parallel.tp", given, f"a divisor of its {size} blocks", fix))
+
+
 def _distribute(module: nn.Module, mesh: DeviceMesh, role: Role, stream: Placement) -> None:
     """Cuts the module's own parameters and translates between the plain stream and DTensors at its border."""
     _partition(module, mesh, ROLE_INDEX.get(role))
@@ -86,11 +98,9 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, role: Role, stream: Placeme
 
 def _partition(module: nn.Module, mesh: DeviceMesh, index: int | None) -> None:
     """index: 0 column, 1 row, None whole."""
-    dims = dict(LINEAR_DIMS)
-    for cls in reversed(type(module).__mro__):
-        dims |= vars(cls).get("TP_DIMS", {})
+    dims = _dims(module, index)
     for name, parameter in list(module.named_parameters(recurse=False)):
-        dim = None if index is None else dims[name][index]
+        dim = dims[name]
         placement = Replicate() if dim is None else Shard(dim)
         sharded = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
@@ -108,6 +118,14 @@ def _share_kv(projection: nn.Module, mesh: DeviceMesh, num_kv_heads: int) -> Non
         return y.to_local(grad_placements=part).chunk(num_kv_heads, dim=-1)[head]  # (b, t, head_dim)
 
     projection.register_forward_hook(own)
+
+
+def _dims(module: nn.Module, index: int | None) -> dict[str, int | None]:
+    """The dimension along which each of the module's own parameters is cut; None: held whole."""
+    dims = dict(LINEAR_DIMS)
+    for cls in reversed(type(module).__mro__):
+        dims |= vars(cls).get("TP_DIMS", {})
+    return {name: None if index is None else dims[name][index] for name, _ in module.named_parameters(recurse=False)}
 
 
 def _norm(mesh: DeviceMesh, stream: Placement):

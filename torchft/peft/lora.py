@@ -4,6 +4,7 @@ The module keeps its class's behaviour and its parameters' names: only its class
 and `lora_b` (out, rank). Whatever shards the base shards the adapter (TP_DIMS), so LoRA works under every layout.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,24 +13,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchft.errors import Problem
+from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.init import fill_blocks
-from torchft.peft.select import select_modules
+from torchft.models.select import matches, select_modules
 
 
 @dataclass
 class LoraConfig:
+    """Which linear layers get an adapter, of what size."""
+
     rank: int = 8  # width of the adapter
     alpha: float = 16.0  # the adapter is multiplied by alpha / rank
+    rslora: bool = False  # multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023): large ranks learn as fast as small ones
     targets: list[str] = field(default_factory=lambda: ["*_proj"])  # globs of modules, by their last or their whole name
     exclude: list[str] = field(default_factory=list)  # globs of modules to leave out
+    layers: list[int] = field(default_factory=list)  # adapters in these layers only, counted from 0; empty: in all
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # glob of modules -> a rank of their own; the first that matches holds
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # glob of modules -> an alpha of their own
 
     def check(self) -> Iterator[Problem]:
-        if self.rank < 1:
-            yield Problem("adapter.rank", str(self.rank), "a whole number >= 1", "use 8 or 16")
-        if self.alpha <= 0:
-            yield Problem("adapter.alpha", str(self.alpha), "a number > 0", "use 2 x adapter.rank")
+        for key, rank in {"rank": self.rank, **{f"rank_pattern.{name}": rank for name, rank in self.rank_pattern.items()}}.items():
+            if rank < 1:
+                yield Problem(f"adapter.{key}", str(rank), "a whole number >= 1", "use 8 or 16")
+        for key, alpha in {"alpha": self.alpha, **{f"alpha_pattern.{name}": a for name, a in self.alpha_pattern.items()}}.items():
+            if not alpha > 0:
+                yield Problem(f"adapter.{key}", str(alpha), "a number > 0", "use 2 x adapter.rank")
+
+    def rank_of(self, name: str) -> int:
+        """The rank of a module's adapter."""
+        return next((rank for pattern, rank in self.rank_pattern.items() if matches(name, [pattern])), self.rank)
+
+    def factor_of(self, name: str) -> float:
+        """What a module's B A is multiplied by."""
+        rank = self.rank_of(name)
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if matches(name, [pattern])), self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 class LoraMixin:
@@ -50,13 +69,33 @@ def apply_lora(modules: Sequence[nn.Module], cfg: LoraConfig) -> None:
     for root in modules:
         root.requires_grad_(False)
     whole = [build_decoder(root.spec) for root in modules[:1] if isinstance(root, Decoder)] or modules
-    chosen = {name for name, _ in select_modules(whole, cfg.targets, cfg.exclude, nn.Linear, key="adapter.targets")}
-    for module in (module for root in modules for name, module in root.named_modules() if name in chosen):
+    chosen = set(adapted(whole, cfg))
+    for name, module in ((name, module) for root in modules for name, module in root.named_modules() if name in chosen):
         options = {"device": module.weight.device, "dtype": module.weight.dtype}
+        rank = cfg.rank_of(name)
         module.__class__ = lora_class_of(type(module))
-        module.lora_factor = cfg.alpha / cfg.rank
-        module.lora_a = nn.Parameter(torch.empty(cfg.rank, module.in_features, **options))
-        module.lora_b = nn.Parameter(torch.empty(module.out_features, cfg.rank, **options))
+        module.lora_factor = cfg.factor_of(name)
+        module.lora_a = nn.Parameter(torch.empty(rank, module.in_features, **options))
+        module.lora_b = nn.Parameter(torch.empty(module.out_features, rank, **options))
+
+
+def adapted(whole: Sequence[nn.Module], cfg: LoraConfig) -> list[str]:
+    """The modules of a whole model that get an adapter, in its order. Raises ConfigError for a pattern or a layer without a match."""
+    if "lm_head" in cfg.targets and any(isinstance(root, Decoder) and root.spec.tie_embeddings for root in whole):
+        fix = "leave lm_head out of the targets"
+        raise ConfigError(Problem("adapter.targets", "lm_head", "a layer with a weight of its own; the head is tied to embed_tokens", fix))
+    found = [name for name, _ in select_modules(whole, cfg.targets, cfg.exclude, nn.Linear, key="adapter.targets")]
+    in_layer = {layer: [name for name in found if name.startswith(f"layers.{layer}.")] for layer in cfg.layers}
+    if empty := [str(layer) for layer, names in in_layer.items() if not names]:
+        expected = "layers that have a target, counted from 0"
+        raise ConfigError(Problem("adapter.layers", ", ".join(empty), expected, "remove them, or widen adapter.targets"))
+    chosen = [name for name in found if not cfg.layers or any(name in names for names in in_layer.values())]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(cfg, key):
+            if not any(matches(name, [pattern]) for name in chosen):
+                expected = f"a glob that matches a module with an adapter, such as {chosen[0]}"
+                raise ConfigError(Problem(f"adapter.{key}", pattern, expected, "mend or remove it"))
+    return chosen
 
 
 @cache

@@ -1,31 +1,5 @@
-"""Modules by glob: `q_proj` (the last name), `layers.*.self_attn.*` (the whole name). A pattern that matches nothing is an error."""
+"""Where `peft` takes module selection from: torchft/models/select.py."""
 
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
+from torchft.models.select import matches, select_modules
 
-from torch import nn
-
-from torchft.errors import ConfigError, Problem
-
-
-def select_modules(
-    modules: Iterable[nn.Module], targets: list[str], exclude: list[str], of_type: type | tuple[type, ...], *, key: str
-) -> list[tuple[str, nn.Module]]:
-    """The submodules of `of_type` whose global name matches a target and no exclusion, with their names, in the model's order.
-
-    Raises ConfigError naming `key` for patterns without a match, with the names there are, and if nothing is left.
-    """
-    named = [(name, module) for root in modules for name, module in root.named_modules() if isinstance(module, of_type)]
-    unmatched = [pattern for pattern in (*targets, *exclude) if not any(matches(name, [pattern]) for name, _ in named)]
-    if unmatched or not targets:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name, _ in named})
-        raise ConfigError(Problem(key, ", ".join(unmatched) or "nothing", "globs that match a module", f"use some of {leaves}"))
-    chosen = [(name, module) for name, module in named if matches(name, targets) and not matches(name, exclude)]
-    if not chosen:
-        raise ConfigError(Problem(key, f"{targets} without {exclude}", "at least one module", "exclude fewer modules"))
-    return chosen
-
-
-def matches(name: str, patterns: list[str]) -> bool:
-    """True if a pattern matches the whole name or its last part."""
-    return any(fnmatchcase(name, p) or fnmatchcase(name.rsplit(".", 1)[-1], p) for p in patterns)
+__all__ = ["matches", "select_modules"]

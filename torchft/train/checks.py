@@ -10,6 +10,7 @@ from torchft.models.layers.attend import check_core
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import check_rules
 from torchft.parallel.mesh import Mesh, check_degrees
+from torchft.train.adapter import adapter_names, check_adapter
 from torchft.train.freeze import check_freeze, trained_names
 
 log = get_logger(__name__)
@@ -38,10 +39,12 @@ def check_job(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
 
 def _check_options(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     """Options that some models and layouts don't carry."""
-    frozen = list(check_freeze(cfg, spec, mesh))
+    adapter = getattr(cfg, "adapter", None)  # of recipes that have one
+    frozen = list(check_adapter(cfg, spec, mesh) if adapter else check_freeze(cfg, spec, mesh))
     yield from frozen
     if not frozen:
-        yield from check_rules(trained_names(spec, cfg.model.train, cfg.model.freeze), cfg.optim)
+        trained = adapter_names(adapter, spec) if adapter else trained_names(spec, cfg.model.train, cfg.model.freeze)
+        yield from check_rules(trained, cfg.optim)
     if cfg.validate.prompts and (mesh.degrees["tp"] > 1 or mesh.degrees["pp"] > 1):
         yield Problem("validate.prompts", str(cfg.validate.prompts), "no prompts under parallel.tp or parallel.pp", "remove them")
     if cfg.validate.prompts and not (cfg.validate.every_steps or cfg.validate.at_start):

@@ -11,17 +11,22 @@ from pathlib import Path
 
 import torch
 
+from torchft.checkpoint.adapters import Adapter, open_adapter
 from torchft.checkpoint.folder import step_of
 from torchft.checkpoint.gguf_out import Kind, write_gguf
 from torchft.checkpoint.hf import save_hf
-from torchft.checkpoint.manifest import MANIFEST, sync_folder
+from torchft.checkpoint.hub import local_folder
+from torchft.checkpoint.listing import checkpoint_at
+from torchft.checkpoint.manifest import MANIFEST, hash_weights, sync_folder
+from torchft.checkpoint.peft_files import CONFIG
 from torchft.checkpoint.source import ModelSource, open_source
 from torchft.data.ollama import modelfile
 from torchft.data.templates import build_template
 from torchft.errors import CheckpointError, DataError
+from torchft.models.hf_config import read_json
 from torchft.tokenizers.load import tokenizer_of
 from torchft.train.card import model_card
-from torchft.train.record import checkpoint_at, read_run
+from torchft.train.record import read_run
 
 
 def open_export(path: Path, step: str, *, base: Path | None = None, files: str = "safetensors") -> tuple[ModelSource, str]:
@@ -31,6 +36,23 @@ def open_export(path: Path, step: str, *, base: Path | None = None, files: str =
     run = checkpoint.resolve().parent.parent
     card = (checkpoint / MANIFEST).is_file() and (run / "config.yaml").is_file()
     return source, model_card(read_run(run), step_of(checkpoint), files=files) if card else ""
+
+
+def open_for_merge(folder: Path, base: Path | None, *, force: bool = False) -> tuple[ModelSource, Adapter]:
+    """A base model (null: the one the adapter names) and an adapter of it, nothing read yet. Raises CheckpointError for another base
+    than the adapter was trained on, as far as the adapter says; `force` takes it all the same."""
+    if base is None:
+        named = read_json(folder / CONFIG).get("base_model_name_or_path") if (folder / CONFIG).is_file() else None
+        if not named:
+            raise CheckpointError(f"{folder} names no base model\n  expected: a folder with {CONFIG}\n  fix: --base HF_FOLDER")
+        base = local_folder(named)
+    source = open_source(base)
+    adapter = open_adapter(folder, source.spec)
+    if adapter.base and not force and base.is_dir() and hash_weights(base) != adapter.base:
+        raise CheckpointError(
+            f"{folder} was trained on another base than {base}: their weights differ\n  fix: give its own base, or --force"
+        )
+    return source, adapter
 
 
 def export_hf_folder(source: ModelSource, card: str, out: Path, *, dtype: torch.dtype | None, shard_bytes: int) -> None:

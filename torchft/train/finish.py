@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torchft.checkpoint.agreement import on_rank_0
 from torchft.checkpoint.assets import Assets, read_assets
-from torchft.checkpoint.folder import BEST, step_of
+from torchft.checkpoint.folder import BEST, step_name, step_of
 from torchft.checkpoint.hf import save_hf
 from torchft.checkpoint.hub import HUB_ID, TO_LOG_IN, has_token, push_folder
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.store import Store
-from torchft.dist import broadcast_object, wait_for_rank_0
+from torchft.dist import broadcast_object, on_rank_0, wait_for_rank_0
 from torchft.dtypes import DTYPES
 from torchft.errors import CheckpointError, Problem, TorchftError
 from torchft.log import get_logger
 from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
 from torchft.metrics.summary import summarise, summary_text, write_summary
+from torchft.train.adapter import export_adapter, export_merged
 from torchft.train.card import model_card
 from torchft.train.job import Job
 from torchft.train.record import read_run
@@ -43,7 +43,7 @@ class ExportConfig:
             yield Problem("export.shard_size", self.shard_size, "a whole number of MB or GB", "use e.g. 5GB")
         if self.push is not None and not HUB_ID.fullmatch(self.push):
             yield Problem("export.push", self.push, "a hub id: org/name, or org/name@branch", "use your own or your organisation's name")
-        elif self.push and not self.hf:
+        elif self.push and not self.writes_anything:
             yield Problem(
                 "export.push", f"{self.push} with export.hf=false", "something to publish", "set export.hf=true, or leave push out"
             )
@@ -54,18 +54,27 @@ class ExportConfig:
     def shard_bytes(self) -> int:
         return int(self.shard_size[:-2]) * {"MB": 10**6, "GB": 10**9}[self.shard_size[-2:]]
 
+    @property
+    def writes_anything(self) -> bool:
+        return self.hf
+
+
+@dataclass
+class AdapterExportConfig(ExportConfig):
+    hf: bool = False  # at the end also write export/step_N, the base with the adapter merged in; later: torchft export
+    adapter: bool = True  # at the end write adapter/step_N, which PEFT, transformers and vLLM load beside the base
+
+    @property
+    def writes_anything(self) -> bool:
+        return self.hf or self.adapter
+
 
 def finish_run(cfg, run: Run, job: Job) -> int:
     """Saves and, unless the run was asked to stop, exports; writes plots/ and summary.json; the process's exit code."""
     job.loader.close()
-    if run.stopped or cfg.checkpoint.save_at_end:
+    if run.step and (run.stopped or cfg.checkpoint.save_at_end):
         job.store.save(run.step, required=True)
-    folder = None
-    if cfg.export.hf and not run.stopped:
-        step = load_best(job.store, run.step) if cfg.export.best else run.step
-        folder = broadcast_object(free_folder(run.folder / "export" / f"step_{step:08d}"))  # rank 0's choice
-        export_hf(cfg, job, folder, card=_card(run, step))
-        log.info("exported %s", folder)
+    folder = None if run.stopped else _export(cfg, run, job)
     if run.world.rank == 0:
         try:
             report(run, job)
@@ -74,6 +83,33 @@ def finish_run(cfg, run: Run, job: Job) -> int:
     if folder and cfg.export.push:
         wait_for_rank_0(lambda: _publish(run, folder, cfg.export.push))
     return STOPPED if run.stopped else 0
+
+
+def _export(cfg, run: Run, job: Job) -> Path | None:
+    """Writes what `export` asks for; the folder to publish, if any: the model before the adapter."""
+    has_adapter = getattr(cfg, "adapter", None) is not None
+    adapter = has_adapter and cfg.export.adapter
+    if not (cfg.export.hf or adapter):
+        return None
+    step, folder = load_best(job.store, run.step) if cfg.export.best else run.step, None
+    if adapter:
+        folder = _free(run, "adapter", step)
+        trained = any(job.schedule(n) > 0 for n in range(1, step + 1))
+        export_adapter(cfg, job.spec, job.parts, folder, job.store.base, trained=trained)
+        log.info("exported the adapter %s", folder)
+    if cfg.export.hf:
+        folder = _free(run, "export", step)
+        if has_adapter:
+            export_merged(cfg, job.store.folder.path / step_name(step), folder)
+        else:
+            export_hf(cfg, job, folder, card=_card(run, step))
+        log.info("exported %s", folder)
+    return folder
+
+
+def _free(run: Run, kind: str, step: int) -> Path:
+    """A new folder for what is exported, rank 0's choice."""
+    return broadcast_object(free_folder(run.folder / kind / f"step_{step:08d}"))
 
 
 def _publish(run: Run, folder: Path, name: str) -> None:
@@ -132,6 +168,7 @@ def report(run: Run, job: Job) -> None:
     rows = read_rows(run.folder / "metrics.jsonl")
     saved = sorted(path.name for path in (run.folder / "checkpoints").glob("step_*") if path.is_dir())
     summary = summarise(rows, run_dir=run.folder, wall_s=time.monotonic() - run.started, skipped=run.skipped_steps, checkpoints=saved)
+    summary["goodput"] = run.goodput.summary()
     write_summary(run.folder / "summary.json", summary)
     print(summary_text(summary), flush=True)
     if rows:

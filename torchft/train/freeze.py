@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import nn
 
-from torchft.checkpoint.agreement import on_rank_0
 from torchft.checkpoint.manifest import hash_weights
+from torchft.dist import on_rank_0
 from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import build_decoder
 from torchft.models.spec import ModelSpec
@@ -33,12 +33,18 @@ def check_freeze(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     except ConfigError as error:
         yield from error.problems
         return
-    if mesh.degrees["pp"] > 1:
-        layers = stage_ranges(spec.num_layers, mesh.degrees["pp"])[0]
-        first = {name for name, _ in build_decoder(spec, layers, first=True, last=False).named_parameters()}
-        if not first & trained:
-            expected = f"something to train on the first stage (embed_tokens, layers 0 to {layers[-1]})"
-            yield Problem("parallel.pp", str(mesh.degrees["pp"]), expected, "use parallel.pp=1 when the bottom is frozen")
+    yield from check_first_stage(trained, spec, mesh)
+
+
+def check_first_stage(trained: Iterable[str], spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
+    """A pipeline needs something to train on its first stage."""
+    if mesh.degrees["pp"] == 1:
+        return
+    layers = stage_ranges(spec.num_layers, mesh.degrees["pp"])[0]
+    first = {name for name, _ in build_decoder(spec, layers, first=True, last=False).named_modules()}
+    if not any(name.rpartition(".")[0] in first for name in trained):
+        expected = f"something to train on the first stage (embed_tokens, layers 0 to {layers[-1]})"
+        yield Problem("parallel.pp", str(mesh.degrees["pp"]), expected, "use parallel.pp=1 when the bottom is frozen")
 
 
 def apply_freeze(modules: Iterable[nn.Module], spec: ModelSpec, train: Sequence[str], freeze: Sequence[str]) -> None:
@@ -76,7 +82,7 @@ def chosen(names: Sequence[str], num_layers: int, train: Sequence[str], freeze: 
 
 def base_of(cfg) -> dict[str, str] | None:
     """What a checkpoint says of the frozen parameters it does not hold; None if all train. All ranks together."""
-    if not (cfg.model.train or cfg.model.freeze):
+    if not (cfg.model.train or cfg.model.freeze or getattr(cfg, "adapter", None)):
         return None
     if cfg.model.init == "random":
         return {"path": "random weights", "sha256": hashlib.sha256(f"seed {cfg.seed}".encode()).hexdigest()}

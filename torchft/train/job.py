@@ -24,6 +24,7 @@ from torchft.parallel.parts import MicroBatchTooLarge, Parts
 from torchft.train.data import Rows, Text, validation_passes
 from torchft.train.early_stop import EarlyStop
 from torchft.train.scaler import LossScaler
+from torchft.train.spikes import Spikes
 from torchft.train.step import NonFinite, StepStats, evaluate, train_step
 
 log = get_logger(__name__)
@@ -47,6 +48,7 @@ class Job:
     num_steps: int
     early_stop: EarlyStop
     scaler: LossScaler | None = None  # of fp16 compute
+    spikes: Spikes | None = None  # what judges a step's loss
     neftune: tuple[float, int] | None = None  # alpha and seed
     prompts: list[list[int]] = field(default_factory=list)  # token ids of validate.prompts
     ledger: bool = False  # each step tells its communication
@@ -60,7 +62,7 @@ class Job:
 
         All ranks alike. Another size adds up the same numbers in another order: the step is the same to rounding.
         """
-        limits = {"max_norm": max_norm, "nonfinite": nonfinite, "scaler": self.scaler}
+        limits = {"max_norm": max_norm, "nonfinite": nonfinite, "scaler": self.scaler, "spikes": self.spikes}
         while True:
             try:
                 with Ledger(self.parts.mesh) if self.ledger else nullcontext() as ledger:
@@ -70,10 +72,15 @@ class Job:
                 smaller = self._smaller_micro_batch(step)
             batches = self._noisy(self.loader.repeat_step(smaller), step)
 
-    def validate(self) -> dict[str, dict[str, float]]:
-        """Every validation source's metrics, by source, on every rank."""
-        passes = validation_passes(self.validation, self.data, self.rows, self.text)
-        return {name: evaluate(self.parts, steps, self.loss) for name, steps in passes.items()}
+    def validate(self, stop: Callable[[], bool] = lambda: False) -> dict[str, dict[str, float]] | None:
+        """Every validation source's metrics, by source, on every rank. None once `stop` says so, which is asked before each batch."""
+        found = {}
+        for name, steps in validation_passes(self.validation, self.data, self.rows, self.text).items():
+            metrics = evaluate(self.parts, steps, self.loss, stop)
+            if metrics is None:
+                return None
+            found[name] = metrics
+        return found
 
     def _noisy(self, batches: list[Batch], step: int) -> list[Batch]:
         return batches if self.neftune is None else [replace(batch, noise=NoiseKey(*self.neftune, step)) for batch in batches]

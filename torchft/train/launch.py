@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torchft.dist import child_environment
 from torchft.train.run import EXIT_CODES, STOPPED
+from torchft.train.stop import SIGNALS
 
 SHUTDOWN_S = 300  # torchrun kills workers that are still saving after so many seconds (its default: 30)
 
@@ -46,7 +47,7 @@ def command_line(recipe: Path, argv: list[str], processes: Processes) -> list[st
 
 
 def launch(command: list[str], per_node: int) -> int:
-    """Runs the command to its end; the recipe's exit code. The first SIGTERM or Ctrl-C asks it to save and stop."""
+    """Runs the command to its end; the recipe's exit code. The first SIGTERM, SIGUSR1 or Ctrl-C asks it to save and stop."""
     with tempfile.TemporaryDirectory() as folder:
         codes = Path(folder) / "exit_codes"
         # A session of its own: a Ctrl-C of the terminal reaches this process alone, which passes it on once.
@@ -57,7 +58,7 @@ def launch(command: list[str], per_node: int) -> int:
             asked.append(number)
             process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGINT)
 
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
         try:
             returned = process.wait()
         finally:

@@ -9,12 +9,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torchft.checkpoint.folder import BEST, LATEST, CheckpointFolder, step_of
-from torchft.checkpoint.manifest import verify
+from torchft.checkpoint.folder import CheckpointFolder
+from torchft.checkpoint.listing import Listed, list_checkpoints
 from torchft.config.show import read_saved
-from torchft.errors import CheckpointError, DataError
+from torchft.errors import DataError
 from torchft.metrics.rows import Row, read_rows
 from torchft.metrics.summary import summarise
 from torchft.train.lock import is_held
@@ -23,17 +23,6 @@ MAX_WARNINGS = 200  # the last so many are shown
 MAX_SAMPLES = 20
 WARNING_LINE = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) ")
 LINE_START = re.compile(r"\d{4}-\d\d-\d\d \S+ [A-Z]+ ")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint of the run: its state is "good", or what is wrong with it."""
-
-    step: int
-    path: Path
-    gib: float
-    pointers: tuple[str, ...]  # latest, best
-    state: str
 
 
 @dataclass(frozen=True)
@@ -61,18 +50,9 @@ class RunRecord:
         lock = self.folder / "lock"
         return f"{'running' if is_held(lock) else 'killed' if lock.exists() else 'failed'}, {at}"
 
-    def checkpoints(self, how: str = "full") -> list[Saved]:
+    def checkpoints(self, how: Literal["quick", "full"] = "full") -> list[Listed]:
         """The checkpoints, oldest first, verified: every file hashed, or with "quick" their sizes compared."""
-        folder = CheckpointFolder(self.folder / "checkpoints")
-        points = {pointer: folder.pointed(pointer) for pointer in (LATEST, BEST)}
-        found = []
-        for path in reversed(folder.list_steps()):
-            problems = verify(path, how)  # type: ignore[arg-type]
-            size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
-            names = tuple(pointer for pointer, target in points.items() if target == path)
-            state = "; ".join(problem.replace(f"{path}/", "") for problem in problems[:3]) or "good"
-            found.append(Saved(step_of(path), path, size / 2**30, names, state))
-        return found
+        return list(list_checkpoints(CheckpointFolder(self.folder / "checkpoints"), how))
 
     def samples(self) -> list[tuple[str, str]]:
         """(title, text) of what the model wrote during the run: the newest file of samples/, its last entries."""
@@ -94,26 +74,8 @@ def read_run(folder: Path) -> RunRecord:
     facts, written = _json(folder / "run.json"), _json(folder / "summary.json")
     skipped, wall_s = written.get("steps_skipped", 0), written.get("wall_s", 0.0)
     summary = summarise(rows, run_dir=folder, wall_s=wall_s, skipped=skipped)
+    summary["goodput"] = written.get("goodput")
     return RunRecord(folder, read_saved(path), facts, rows, read_rows(folder / "events.jsonl"), summary, _warnings(folder / "logs"))
-
-
-def checkpoint_at(run: Path, which: str) -> Path:
-    """The checkpoint of a run that is meant by `latest`, `best` or a step's number. Raises CheckpointError, naming those there are."""
-    folder = CheckpointFolder(run / "checkpoints")
-    steps = folder.list_steps()
-    if which == LATEST:
-        found = folder.pointed(LATEST) or next(iter(steps), None)
-    elif which == BEST:
-        found = folder.pointed(BEST)
-    else:
-        found = next((path for path in steps if which.isdecimal() and step_of(path) == int(which)), None)
-    if found is None:
-        there = ", ".join(str(step_of(path)) for path in reversed(steps)) or "none"
-        fix = "best needs checkpoint.best_by in the run's config; give one of the steps" if which == BEST else "give one of the steps"
-        raise CheckpointError(
-            f"{run}: no checkpoint {which!r}\n  given:    {which}\n  expected: latest, best, or a step: {there}\n  fix:      {fix}"
-        )
-    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -63,6 +63,8 @@ def _numbers(run: RunRecord) -> str:
         found += [("tokens/s, median", f"{s['tokens_per_s_median']:,.0f}", ""), ("peak memory", f"{s['memory_gib_peak']:.2f}", "GiB")]
     if s["wall_s"]:
         found += [("time", str(timedelta(seconds=round(s["wall_s"]))), "")]
+    if s.get("goodput"):
+        found += [("goodput", f"{s['goodput']['ratio']:.1%}", "of the time in steps")]
     bad = [("not finite", show(s["rows_not_finite"]), "losses"), ("skipped", show(s["steps_skipped"]), "steps")]
     return tiles(found + [tile for tile in bad if tile[1] != "0"])
 

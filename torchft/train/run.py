@@ -1,17 +1,15 @@
 """A run: its processes and mesh, its folder, what it says, and how it stops. `with Run(cfg) as run:` holds a recipe's body.
 
-    output_dir/{config.yaml, run.json, lock, metrics.jsonl, events.jsonl, summary.json, report.html, logs/, plots/, checkpoints/, export/}
+    output_dir/{config.yaml, run.json, lock, metrics.jsonl, events.jsonl, goodput.json, exit.json, summary.json, report.html, logs/, ...}
 
 The loop stands in the recipe; `steps` counts and times it and ends it early, on all ranks at the same step, when any rank was asked
-to stop (SIGTERM, Ctrl-C).
+to stop (stop.py). What ended a run otherwise is told in the user's terms (failure.py).
 """
 
 import gc
 import hashlib
 import json
 import math
-import platform
-import signal
 import sys
 import time
 import traceback
@@ -21,24 +19,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
-from torchft import __version__, dist, log
+from torchft import dist, log
+from torchft.checkpoint.background import Saved
 from torchft.checkpoint.hf import weight_shapes
-from torchft.config.changes import changed_from_defaults
-from torchft.config.show import config_dict, save_config
-from torchft.errors import ConfigError, NumericError, TorchftError
+from torchft.config.problems import redact_text
+from torchft.config.show import config_dict
+from torchft.errors import NumericError, TorchftError
 from torchft.faults import fire
 from torchft.metrics.flops import flops_per_token, mfu, peak_tflops
+from torchft.metrics.goodput import Goodput
 from torchft.metrics.memory import peak_gib
 from torchft.metrics.meters import StepMeter
 from torchft.metrics.profile import Profiler
-from torchft.metrics.rows import train_row, validation_row, write_whole
+from torchft.metrics.rows import train_row, validation_row
 from torchft.metrics.sinks import Sinks, build_sinks
 from torchft.models.spec import ModelSpec
 from torchft.parallel.mesh import build_mesh, resolve_degrees
 from torchft.parallel.parts import Parts
-from torchft.train.lock import Lock
+from torchft.train import history
+from torchft.train.claim import Claim
+from torchft.train.failure import explain, write_marker
+from torchft.train.memory_advice import component_sizes
 from torchft.train.step import StepStats
+from torchft.train.stop import Stop
+from torchft.train.watch import Watch
 
 logger = log.get_logger(__name__)
 
@@ -70,20 +76,38 @@ class Run:
         self.mesh = build_mesh(degrees, self.world.device, mixed=mixed, timeout_s=timeout_s)
         self.folder = Path(cfg.output_dir)
         self.config_hash = hashlib.sha256(json.dumps(config_dict(cfg), sort_keys=True, default=str).encode()).hexdigest()
-        self.started = time.monotonic()
+        self.started, self.goodput = time.monotonic(), Goodput()
         self.step, self.tokens_total, self.skipped_steps, self._skipped_in_row = 0, 0, 0, 0
         self.sinks, self.meter = Sinks({}), StepMeter(0)
         self.profiler = Profiler(cfg.metrics.profile, self.folder / "profile", self.world.rank, self.world.device)
-        self._stop_asked, self.stopped, self.ended_early = False, False, False
-        self._handlers: dict[int, Any] = {}
-        self._lock: Lock | None = None
-        self._claim_folder()
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        self._end_log = log.add_file(self.folder / "logs" / f"rank_{self.world.rank}.log", self.world.rank)
+        self.ended_early, self.place = False, "set-up"
+        self._at_end: list[Callable[[], None]] = []
+        self._claim = Claim(cfg, self.folder, self.mesh)
+        logs = self.folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self._end_log = log.add_file(logs / f"rank_{self.world.rank}.log", self.world.rank)
+        limits = {"timeout_s": timeout_s, "step_timeout_s": cfg.parallel.step_timeout_s}
+        self.watch = Watch(self.mesh, logs, **limits, every_steps=cfg.metrics.ranks_every_steps)
+        self._stop = Stop(cfg.train.time_limit_s)
 
-    def begin(self, spec: ModelSpec, parts: Parts, *, num_steps: int, seq_len: int) -> None:
+    @property
+    def stopped(self) -> bool:
+        """True once all ranks have agreed to stop before the last step."""
+        return bool(self._stop.reason)
+
+    def asked_to_stop(self) -> bool:
+        """The same, after asking all ranks whether any was told to; a collective."""
+        return self._stop.asked()
+
+    def at_end(self, close: Callable[[], None]) -> None:
+        """Has `close` called when the run ends while all ranks still work together."""
+        self._at_end.append(close)
+
+    def begin(self, spec: ModelSpec, parts: Parts, optimizer: Optimizer, *, num_steps: int, seq_len: int) -> None:
         """Opens the sinks, once the number of steps and the step to go on from are known."""
-        self.parts = parts
+        self.parts, self.optimizer = parts, optimizer
+        if self.world.rank == 0:
+            history.go_on(self.goodput, self.folder, self.step, self._claim.earlier, resumes=self.cfg.checkpoint.resume != "none")
         self.meter = StepMeter(num_steps, tokens_total=self.tokens_total)
         self.sinks = build_sinks(self.cfg.metrics, self.folder, num_steps=num_steps, resumed_step=self.step)
         peak = self.cfg.metrics.peak_tflops or peak_tflops(self.world.device)
@@ -92,30 +116,24 @@ class Run:
         model = {"family": spec.family, "layers": spec.num_layers, "hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size}
         model |= {"parameters": sum(math.prod(shape) for shape in weight_shapes(spec).values()), "seq_len": seq_len}
         self.record(model=model, num_steps=num_steps, resumed_step=self.step)
+        history.check_crash_loop(self._claim.earlier, self.cfg.train.max_crashes, self.step)
+        self.sinks.event("attempt", self.step, died_at=self._claim.earlier.last_step, ended_by=self._claim.earlier.ended_by)
         left = f"steps {self.step + 1} to {num_steps}" if self.step < num_steps else f"all {num_steps} steps are done"
         logger.info("%s on %s, %s", left, self.mesh.describe(), self.world.device.type)
 
     def record(self, **facts: Any) -> None:
-        """Adds to run.json what a reader of this run should know, as JSON values. A full disk is a warning only."""
-        if self.world.rank != 0:
-            return
-        self._facts |= facts
-        try:
-            write_whole(self.folder / "run.json", json.dumps(self._facts, indent=2, default=str) + "\n")
-        except OSError as error:
-            logger.warning("run.json could not be written, the run goes on: %s", error)
+        """Adds to run.json what a reader of this run should know, as JSON values."""
+        self._claim.record(**facts)
 
     def steps(self, last: int) -> Iterator[int]:
-        """The numbers of the steps still to make, each timed until `log`; ends early, `stopped`, on all ranks together.
-
-        From here to the run's end SIGTERM and Ctrl-C are held until the work at hand is saved; before, they end the process at once.
-        """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._ask_to_stop)
+        """The numbers of the steps still to make, each timed until `log`; ends early, `stopped`, on all ranks together."""
         gc_every = self.cfg.memory.gc_every_steps
         if gc_every:
             gc.disable()  # a collection on one rank in the middle of a step keeps all others waiting
-        while self.step < last and not self.stopped and not self.ended_early:
+        self.goodput.begin()
+        while not self.asked_to_stop() and self.step < last and not self.ended_early:
+            self.place = f"step {self.step + 1}"
+            self.watch.before_step()
             self.meter.start()
             fire("step", step=self.step + 1)
             self.profiler.before(self.step + 1)
@@ -124,9 +142,9 @@ class Run:
             self.profiler.after(self.step)
             if gc_every and self.step % gc_every == 0:
                 gc.collect()
-            self.stopped = bool(dist.agree(self._stop_asked))
+        self.place = "the end of the run"
         if self.stopped:
-            self.sinks.event("stopped", self.step, reason="signal")
+            self.sinks.event("stopped", self.step, reason=self._stop.reason)
 
     def end_early(self, step: int, reason: str) -> None:
         """Lets `steps` end after `step`; the run then finishes as after its last step. On all ranks alike."""
@@ -136,10 +154,14 @@ class Run:
 
     def log(self, step: int, stats: StepStats, lr: float) -> None:
         """Counts the step and, when due, writes its row. Raises NumericError after too many skipped steps in a row."""
+        self.place = f"validation or checkpoint after step {step}"
         self.tokens_total += stats.num_tokens
         due = step % self.cfg.metrics.every_steps == 0
         loss = self.parts.reduce_metrics(stats.metrics)["loss"] if due else 0.0  # waits for the device
         timing = self.meter.stop(step, stats.num_tokens)
+        self.goodput.add("data_wait", timing.data_wait_s)
+        self.goodput.add("steps", timing.step_s - timing.data_wait_s)
+        self._name_slow(step, self.watch.after_step(step, timing.alone_s, timing.step_s))
         if due:
             row = train_row(
                 step=step,
@@ -164,6 +186,20 @@ class Run:
         self.sinks.write(row)
         return {key: value for key, value in row.items() if key.startswith("val/")}
 
+    def note_save(self, saved: Saved) -> None:
+        """Books a checkpoint, or one that failed."""
+        self.goodput.add("checkpoint", saved.blocked_s)
+        facts = {"blocked_s": round(saved.blocked_s, 3), "total_s": round(saved.total_s, 3)}
+        if saved.problem:
+            self.sinks.event("checkpoint failed", saved.step, **facts, reason=saved.problem)
+            return
+        self.sinks.event("checkpoint", saved.step, **facts, bytes=saved.num_bytes, mb_per_s=round(saved.mb_per_s, 1))
+        if self.world.rank == 0:
+            try:
+                history.note_checkpoint(self.goodput, self.folder, saved.step)
+            except OSError as error:
+                logger.warning("goodput.json could not be written, the run goes on: %s", error)
+
     def counters(self) -> dict[str, Any]:
         """This run's part of a checkpoint's state.json."""
         return {"tokens": self.tokens_total, "counters": {"skipped_steps": self.skipped_steps, "skipped_in_row": self._skipped_in_row}}
@@ -178,23 +214,49 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Closes sinks and profiler and gives the folder, the signals and the garbage collector back, whatever happened."""
-        if isinstance(error, TorchftError):
-            self.sinks.event("failed", self.step + 1, reason=str(error))
+        """Tells what ended the run, closes sinks and profiler and gives the folder, the signals and the garbage collector back."""
+        told = error
+        try:
+            if error is None or isinstance(error, NumericError):  # raised on all ranks
+                for close in self._at_end:
+                    close()
+        except TorchftError as later:
+            told = error or later
+        if told is not None:
+            told = explain(told, self.place, self.cfg, self._sizes_now())
+            samples = {"samples": list(told.samples)} if isinstance(told, NumericError) else {}
+            self.sinks.event("failed", self.step + 1, kind=type(told).__name__, reason=redact_text(str(told)), **samples)
+        self._close(told)
+        if told is not None and told is not error:
+            raise told from error
+
+    def _close(self, error: BaseException | None) -> None:
+        self.watch.close()
         self.profiler.close()
         self.sinks.close()
         self._end_log()
         if self.cfg.memory.gc_every_steps:
             gc.enable()
-        if self._lock:
-            self._lock.release()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        code = (STOPPED if self.stopped else 0) if error is None else exit_code_of(error)
+        write_marker(self.folder, code, self.step, "" if error is None else f"{type(error).__name__}: {error}")
+        self._claim.release()
+        self._stop.close()
+
+    def _sizes_now(self) -> dict[str, float]:
+        parts = getattr(self, "parts", None)
+        sizes = component_sizes([p for _, p in parts.named_parameters()], self.optimizer) if parts else {}
+        return sizes | {"peak": peak_gib(self.world.device)}
+
+    def _name_slow(self, step: int, found: list[dict[str, Any]]) -> None:
+        for fact in found:
+            self.sinks.event("slow rank", step, **fact)
+            if self.world.rank == 0:
+                logger.warning("rank {rank} on {host} is slow: {seconds} s {what}, the median of all ranks is {median} s".format(**fact))
 
     def _count_skip(self, step: int, stats: StepStats) -> None:
         if stats.skipped:
             self.skipped_steps += 1
-            self.sinks.event("skipped", step, reason=stats.skipped)
+            self.sinks.event("skipped", step, reason=stats.skipped, samples=list(stats.samples))
         if not stats.skipped or stats.overflow:  # the loss scale has a limit of its own
             self._skipped_in_row = 0
             return
@@ -203,46 +265,9 @@ class Run:
         if self._skipped_in_row >= limit:
             raise NumericError(
                 f"{limit} skipped steps in a row\n  given:    {stats.skipped} at step {step}\n  expected: fewer than "
-                f"train.nonfinite.max_in_row={limit}\n  fix:      look at the data and optim.lr; the last checkpoint is from before"
+                f"train.nonfinite.max_in_row={limit}\n  fix:      look at the data and optim.lr; the last checkpoint is from before",
+                stats.samples,
             )
-
-    def _claim_folder(self) -> None:
-        """Rank 0 locks the folder and writes what the run is; all ranks learn whether that went well."""
-        problem = None
-        if self.world.rank == 0:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = Lock(self.folder / "lock")
-                save_config(self.cfg, self.folder / "config.yaml")
-                facts = {"versions": {"torchft": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}}
-                facts |= {"mesh": self.mesh.degrees, "device": self.world.device.type, "command": sys.argv, "started": time.time()}
-                facts |= {"hardware": _hardware(self.world.device), "host": platform.node(), "changed": changed_from_defaults(self.cfg)}
-                write_whole(self.folder / "run.json", json.dumps(facts, indent=2, default=str) + "\n")
-                self._facts = facts
-            except (OSError, TorchftError) as error:
-                problem = (
-                    str(error)
-                    if isinstance(error, TorchftError)
-                    else f"{error}\n  expected: a folder to write in\n  fix:      set output_dir to another"
-                )
-        problem = dist.broadcast_object(problem)
-        if problem:
-            if self._lock:
-                self._lock.release()
-            raise ConfigError(f"output_dir={self.cfg.output_dir} can't be used\n  given:    {problem}")
-
-    def _ask_to_stop(self, number: int, frame: object) -> None:
-        if self._stop_asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._stop_asked = True
-        logger.warning("%s: stopping as soon as this step is saved", signal.Signals(number).name)
-
-
-def _hardware(device: torch.device) -> str:
-    """The kind of device a run is on, in words."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process, {platform.system()}"
 
 
 def run_recipe(main: Callable[[list[str]], int]) -> None:
@@ -254,16 +279,22 @@ def run_recipe(main: Callable[[list[str]], int]) -> None:
         code = main(sys.argv[1:])
         together = True
     except TorchftError as error:
-        whole = f"{type(error).__name__}: {error}"  # in full once a host: a file may be missing on one of them alone
+        whole = redact_text(f"{type(error).__name__}: {error}")  # in full once a host: a file may be missing on one of them alone
         print(whole if rank == 0 else f"[rank {rank}] {whole if local_rank == 0 else whole.splitlines()[0]}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = 130
-    except Exception:
-        traceback.print_exc()
-        code = 1
+        code = exit_code_of(error)
+    except (KeyboardInterrupt, Exception) as error:
+        if not isinstance(error, KeyboardInterrupt):
+            print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
+        code = exit_code_of(error)
     _report_exit(rank, code)
     dist.shutdown(code, together=together)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The process's exit code after this error."""
+    if isinstance(error, TorchftError):
+        return error.exit_code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _report_exit(rank: int, code: int) -> None:

@@ -32,6 +32,8 @@ from torchft.parallel.apply import parallelize
 from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
+from torchft.peft.lora import apply_lora
+from torchft.train.adapter import init_adapter, lora_of
 from torchft.train.checks import check_job
 from torchft.train.data import (
     Rows,
@@ -48,6 +50,7 @@ from torchft.train.freeze import apply_freeze, base_of
 from torchft.train.job import Job
 from torchft.train.run import Run
 from torchft.train.scaler import LossScaler
+from torchft.train.spikes import SpikeConfig, Spikes
 from torchft.train.step import NonFinite
 
 log = get_logger(__name__)
@@ -88,6 +91,9 @@ class TrainConfig:
     neftune: float | None = None  # noise on the embeddings in training (NEFTune), its alpha, e.g. 5; null: none
     auto_micro_batch: bool = False  # out of memory: halve micro_batch_size on all ranks, keep the global batch, and try the step again
     nonfinite: NonFinite = field(default_factory=NonFinite)  # what to do when loss or gradients are not finite
+    spike: SpikeConfig = field(default_factory=SpikeConfig)  # leave out steps whose loss lies far above the recent ones
+    time_limit_s: float | None = None  # save and stop (exit code 75) once this process has run so long; null: no limit
+    max_crashes: int = 3  # give up when so many attempts in a row, restarted by torchrun or Slurm, died at the same step; 0: never
 
     def check(self) -> Iterator[Problem]:
         if (self.steps is None) == (self.epochs is None):
@@ -96,6 +102,10 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 yield Problem(f"train.{key}", str(value), "more than 0", "use a positive number")
+        if self.time_limit_s is not None and not self.time_limit_s > 0:
+            yield Problem("train.time_limit_s", str(self.time_limit_s), "more than 0 seconds, or null", "use null for no limit")
+        if self.max_crashes < 0:
+            yield Problem("train.max_crashes", str(self.max_crashes), "0 or more", "use 0 for never")
         if self.neftune is not None and not self.neftune > 0:
             yield Problem("train.neftune", str(self.neftune), "more than 0, or null", "use e.g. 5, or null for no noise")
 
@@ -139,27 +149,30 @@ def build_job(cfg, run: Run) -> Job:
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
     early_stop = EarlyStop(cfg.validate.early_stop)
     scaler = LossScaler(cfg.precision) if cfg.precision.compute == "fp16" else None
+    spikes = Spikes(cfg.train.spike) if cfg.train.spike.zscore else None
     saved: dict[str, Any] = {}  # filled below; the store asks for it at each save
     store = Store(
         run.folder / "checkpoints",
         parts,
         optimizer,
         cfg.checkpoint,
-        extra_state=lambda: {**run.counters(), "loader": loader.state(), **_states(early_stop, scaler), **saved},
+        extra_state=lambda: {**run.counters(), "loader": loader.state(), **_states(early_stop, scaler, spikes), **saved},
         config_hash=run.config_hash,
         mesh=mesh.degrees,
         base=base_of(cfg),
+        on_saved=run.note_save,
     )
+    run.at_end(store.wait)
     state = _resume(cfg, spec, store)
     if state is not None:
         loader.load_state(state["loader"])
         run.restore(state)
-        _load_states(state, early_stop, scaler)
+        _load_states(state, early_stop, scaler, spikes)
     num_steps = cfg.train.steps or loader.num_steps(cfg.train.epochs)
     saved["schedule"] = {**asdict(cfg.schedule), "lr": cfg.optim.lr, "num_steps": num_steps}
     if state is not None:
         check_schedule(saved["schedule"], state["schedule"])
-    run.begin(spec, parts, num_steps=num_steps, seq_len=cfg.data.seq_len)
+    run.begin(spec, parts, optimizer, num_steps=num_steps, seq_len=cfg.data.seq_len)
     if early_stop.is_over:
         run.end_early(run.step, "as before: no better validate.early_stop.metric")
     return Job(
@@ -177,6 +190,7 @@ def build_job(cfg, run: Run) -> Job:
         num_steps=num_steps,
         early_stop=early_stop,
         scaler=scaler,
+        spikes=spikes,
         neftune=(cfg.train.neftune, cfg.seed) if cfg.train.neftune else None,
         prompts=encode_prompts(cfg.validate.prompts, text),
         ledger=cfg.debug.ledger,
@@ -198,17 +212,19 @@ def _resume(cfg, spec: ModelSpec, store: Store) -> dict[str, Any] | None:
     return state
 
 
-def _states(early_stop: EarlyStop, scaler: LossScaler | None) -> dict[str, Any]:
+def _states(early_stop: EarlyStop, scaler: LossScaler | None, spikes: Spikes | None) -> dict[str, Any]:
     """Of state.json, what options keep."""
-    return {"early_stop": early_stop.state(), "scaler": scaler and scaler.state()}
+    return {"early_stop": early_stop.state(), "scaler": scaler and scaler.state(), "spikes": spikes and spikes.state()}
 
 
-def _load_states(state: dict[str, Any], early_stop: EarlyStop, scaler: LossScaler | None) -> None:
+def _load_states(state: dict[str, Any], early_stop: EarlyStop, scaler: LossScaler | None, spikes: Spikes | None) -> None:
     """Goes on from `_states`; a run without that option left nothing."""
     if state.get("early_stop"):
         early_stop.load_state(state["early_stop"])
     if scaler and state.get("scaler"):
         scaler.load_state(state["scaler"])
+    if spikes and state.get("spikes"):
+        spikes.load_state(state["spikes"])
 
 
 def _raise_if_any(problems: Iterable[Problem]) -> None:
@@ -239,7 +255,10 @@ def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     core = choose_core(cfg.model.attention, spec.attention)
     log.info("attention: %s", core)
     modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core)
-    apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
+    if adapter := getattr(cfg, "adapter", None):
+        apply_lora(modules, lora_of(adapter, spec))
+    else:
+        apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
     parts = parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
     parts.agrees_on_memory = cfg.train.auto_micro_batch
     return parts
@@ -247,7 +266,7 @@ def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
 
 def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:
     """The weights a new run starts from: another run's checkpoint, a HF folder, or the seed."""
-    named = list(parts.named_parameters(copies=True))
+    named = [(name, parameter) for name, parameter in parts.named_parameters(copies=True) if ".lora_" not in name]
     if cfg.checkpoint.load:
         load_weights_only(Path(cfg.checkpoint.load), parts)
         log.info("weights of %s", cfg.checkpoint.load)
@@ -257,6 +276,8 @@ def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:
     else:
         report = load_hf(cfg.model.path, spec, named, new_rows=NewRows(read_spec(cfg.model), cfg.seed, cfg.model.vocab.noise))
         log.info("weights of %s: %d tensors, %.2f GiB on this rank", cfg.model.path, report.num_tensors, report.num_bytes / 2**30)
+    if adapter := getattr(cfg, "adapter", None):
+        init_adapter(adapter, spec, parts, cfg.seed)
 
 
 def row_multiple(mesh: Mesh) -> int:

@@ -7,8 +7,8 @@ the number of ranks can't change the gradient.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -20,6 +20,9 @@ from torchft.errors import NumericError, Problem
 from torchft.parallel.ledger import Line
 from torchft.parallel.parts import Metrics, Parts, add_up
 from torchft.train.scaler import LossScaler
+from torchft.train.spikes import Spikes
+
+SHOWN = 16  # samples in a message
 
 
 @dataclass
@@ -44,6 +47,7 @@ class StepStats:
     num_tokens: int  # that are no padding, over all data ranks
     skipped: str = ""  # why the weights did not move; "" if they did
     overflow: bool = False  # skipped because fp16 overflowed: expected now and then
+    samples: tuple[str, ...] = ()  # of a step that was skipped, over all ranks: those to look at
     traffic: dict[str, Line] = field(default_factory=dict)  # this rank's communication by axis, with debug.ledger
 
 
@@ -56,44 +60,61 @@ def train_step(
     max_norm: float | None,
     nonfinite: NonFinite,
     scaler: LossScaler | None = None,
+    spikes: Spikes | None = None,
 ) -> StepStats:
     """Forward, backward, clip and step. Raises NumericError when something is not finite and the policy is "stop".
 
-    A step without any trained token on any rank moves nothing and says so in `skipped`; so does one whose fp16 gradients overflowed.
+    A step without any trained token on any rank moves nothing and says so in `skipped`; so does one whose fp16 gradients overflowed,
+    and one that `spikes` rejects.
     """
     loss_scale = scaler.scale if scaler else 1.0
     count, num_tokens = parts.sum_over_dp(math.fsum(map(loss.count, batches)), sum(batch.num_tokens for batch in batches))
     seen = parts.forward_backward(batches, loss, scale=loss_scale / count if count else 0.0)
     norm = float(parts.clip(max_norm, loss_scale=loss_scale).item())
-    skipped = "" if count and math.isfinite(norm) else "no trained tokens" if not count else "loss or gradients not finite"
+    finite = math.isfinite(norm)
+    skipped = "" if count and finite else "no trained tokens" if not count else "loss or gradients not finite"
+    if spikes and not skipped:
+        skipped = spikes.judge(parts.reduce_metrics(add_up(seen))["loss"])
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    stats = StepStats(add_up(seen), count, norm, int(num_tokens), skipped)
     if scaler and count:
-        scaler.update(overflow=bool(skipped))
-        if skipped:
-            skipped = f"fp16 overflow: loss scale is now {scaler.scale:g}"
-            return StepStats(add_up(seen), count, norm, int(num_tokens), skipped, overflow=True)
-    if not math.isfinite(norm) and nonfinite.action == "stop":
-        raise NumericError(_blame(batches, seen, norm))
-    return StepStats(add_up(seen), count, norm, int(num_tokens), skipped)
+        scaler.update(overflow=not finite)
+        if not finite:
+            return replace(stats, skipped=f"fp16 overflow: loss scale is now {scaler.scale:g}", overflow=True)
+    if count and skipped:
+        stats = replace(stats, samples=suspects(batches, seen))
+    if not finite and nonfinite.action == "stop":
+        raise NumericError(_blame(stats), stats.samples)
+    return stats
 
 
-def _blame(batches: Sequence[Batch], seen: Sequence[Metrics], norm: float) -> str:
-    """The message of a step that is not finite, naming the samples of the micro-batches whose loss was not; a collective."""
-    bad = [batch for batch, metrics in zip(batches, seen, strict=False) if not math.isfinite(metrics["loss"][0].item())]
-    mine = [f"{i.source}[{i.index}] epoch {i.epoch}" for batch in bad for i in batch.ids]
-    found = sorted({name for names in gather_objects(mine) for name in names})
-    samples = f"samples in micro-batches with such a loss: {', '.join(found)}" if found else "every loss was finite, the backward was not"
+def suspects(batches: Sequence[Batch], seen: Sequence[Metrics]) -> tuple[str, ...]:
+    """The samples of the micro-batches whose loss is not finite, over all ranks; if there are none, all of the step. A collective."""
+    bad = [not math.isfinite(metrics["loss"][0].item()) for metrics in seen]
+    named = [[f"{i.source}[{i.index}] epoch {i.epoch}" for i in batch.ids if i.index >= 0] for batch in batches]
+    mine = [name for names, is_bad in zip(named, bad, strict=False) if is_bad for name in names]
+    everywhere = gather_objects((mine, [name for names in named for name in names]))
+    worst = {name for mine, _ in everywhere for name in mine}
+    return tuple(sorted(worst or {name for _, all_of_them in everywhere for name in all_of_them}))
+
+
+def _blame(stats: StepStats) -> str:
+    """The message of a step that is not finite."""
+    shown = ", ".join(stats.samples[:SHOWN])
+    more = f" and {len(stats.samples) - SHOWN} more, in events.jsonl" if len(stats.samples) > SHOWN else ""
     return (
-        f"loss or gradients are not finite\n  given:    gradient norm {norm}; {samples}\n  expected: a finite number\n"
-        "  fix:      look at these samples, lower optim.lr, or set train.nonfinite.action=skip"
+        f"loss or gradients are not finite\n  given:    gradient norm {stats.grad_norm}; samples: {shown}{more}\n"
+        "  expected: a finite number\n  fix:      look at these samples, lower optim.lr, or set train.nonfinite.action=skip"
     )
 
 
-def evaluate(parts: Parts, steps: Iterable[Sequence[Batch]], loss: Loss) -> dict[str, float]:
+def evaluate(
+    parts: Parts, steps: Iterable[Sequence[Batch]], loss: Loss, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
     """The metrics over all batches of all data ranks, weighted by their counts, on every rank: independent of batch size, padding
-    and world size. Every rank must give the same number of steps and micro-batches."""
+    and world size. Every rank must give the same number of steps and micro-batches. None once `stop`, a collective, says so."""
     seen: list[Metrics] = []
 
     def one(hidden: Tensor, heads: Heads, batch: Batch, at: Across) -> Tensor:
@@ -102,5 +123,7 @@ def evaluate(parts: Parts, steps: Iterable[Sequence[Batch]], loss: Loss) -> dict
         return out.total
 
     for batches in steps:
+        if stop():
+            return None
         parts.forward_only(batches, one)
     return parts.reduce_metrics(add_up(seen))

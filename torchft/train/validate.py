@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torchft.checkpoint.hf import open_weights, weight_shapes
+from torchft.checkpoint.hf import open_weights
 from torchft.config.load import load_config
 from torchft.data.prompts import read_prompts
 from torchft.data.sources import SourceConfig, first_records
@@ -24,7 +24,6 @@ from torchft.generate.model import find_model, is_checkpoint
 from torchft.models.build import read_config
 from torchft.models.spec import ModelSpec
 from torchft.models.vocabulary import resize_spec
-from torchft.optim.build import check_rules
 from torchft.optim.schedules import build_schedule
 from torchft.parallel.mesh import Mesh, resolve_degrees
 from torchft.train.checks import check_job
@@ -82,8 +81,6 @@ def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     if spec is not None and degrees is not None:
         here = "cuda" if torch.cuda.is_available() else "cpu"
         found.add(check_job(cfg, spec, Mesh(degrees, torch.device(here if cfg.device == "auto" else cfg.device))))
-    if spec is not None:
-        found.add(check_rules(weight_shapes(spec), cfg.optim))
     if spec is not None and model.init == "weights" and not cfg.checkpoint.load:
         found.attempt(lambda: open_weights(model.path, base))
     if cfg.train.steps is not None:

@@ -18,10 +18,18 @@ log = get_logger(__name__)
 
 
 def run_validation(cfg, run: Run, job: Job, step: int) -> None:
-    """Validates after `step`; 0: before the first, which is logged and sampled, and counts neither as best nor for an early stop."""
-    metrics = run.log_validation(step, job.validate())
-    if cfg.validate.prompts:
-        sample_prompts(cfg, run, job, step)
+    """Validates after `step`; 0: before the first, which is logged and sampled, and counts neither as best nor for an early stop.
+
+    A run that is asked to stop leaves off at the next batch, without a row."""
+    run.place = f"validation after step {step}"
+    with run.goodput.timing("validation"):
+        found = job.validate(run.asked_to_stop)
+        if found is None:
+            log.warning("validation after step %d left off: the run was asked to stop", step)
+            return
+        metrics = run.log_validation(step, found)
+        if cfg.validate.prompts:
+            sample_prompts(cfg, run, job, step)
     if step == 0:
         return
     job.store.note_metric(step, metrics)

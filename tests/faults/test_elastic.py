@@ -1,0 +1,119 @@
+"""Restarts by torchrun: killed ranks come back, lost nodes are done without, the numbers are those of a run that nobody disturbed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.recipe import ROOT, arguments, rows, train
+
+OPTIONS = ("train.steps=10", "validate.every_steps=0", "checkpoint.every_steps=2", "schedule.warmup_steps=0")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "0.1", "--nproc_per_node")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, cache) -> Path:
+    """Two ranks, undisturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert train(arguments(folder, cache, *OPTIONS), 2) == 0
+    return folder
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "export").glob("step_*")) / "model.safetensors")
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+@pytest.mark.slow
+def test_killed_ranks_come_back(straight, cache, tmp_path):
+    """Rank 1 is killed in step 6, rank 0 in the save of step 8 of the second attempt: torchrun starts all again, and the exported weights
+    have the bits of the undisturbed run. The summary books what was lost and the restarts."""
+    folder = tmp_path / "run"
+    command = [*TORCHRUN, "2", "--standalone", "--max-restarts", "4", str(ROOT / "recipes/full_finetune.py")]
+    faults = "kill:step:rank=1:step=6:attempt=0, kill:save.mid_data:rank=0:step=8:attempt=1"
+    done = subprocess.run(
+        [*command, *arguments(folder, cache, *OPTIONS)], capture_output=True, text=True, timeout=250, env=environment(TORCHFT_FAULT=faults)
+    )
+    assert done.returncode == 0, done.stderr
+    ours, want = exported(folder), exported(straight)
+    assert ours.keys() == want.keys() and all(torch.equal(ours[name], want[name]) for name in want)
+    assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(straight)]
+    assert "rank 1 says nothing: it hangs or was killed" in done.stderr
+    goodput = json.loads((folder / "summary.json").read_text())["goodput"]
+    assert goodput["lost_s"] > 0 and goodput["restart_s"] > 0 and 0 < goodput["ratio"] < 1
+    booked = sum(value for key, value in goodput.items() if key.endswith("_s") and key != "wall_s")
+    assert abs(booked - goodput["wall_s"]) < 0.1 * goodput["wall_s"]
+    assert json.loads((folder / "exit.json").read_text())["code"] == 0
+
+
+SLOWLY = "import time\nfrom torchft.train.job import Job\nbefore = Job.next_step\n"
+SLOWLY += "Job.next_step = lambda self, step: time.sleep(0.5) or before(self, step)\n"
+
+
+@pytest.mark.full
+def test_a_lost_node_is_done_without(straight, cache, tmp_path):
+    """--nnodes 1:2 with two agents here; one, with its worker, is killed after four steps: the other goes on alone, same samples in
+    every step and losses within 1e-5."""
+    folder, plugin = tmp_path / "run", tmp_path / "slowly.py"
+    plugin.write_text(SLOWLY)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = [
+        "--nnodes",
+        "1:2",
+        "--max-restarts",
+        "3",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_id",
+        "elastic",
+        "--rdzv_endpoint",
+        f"localhost:{port}",
+    ]
+    meeting += ["--rdzv-conf", "last_call_timeout=2,join_timeout=120"]
+    recipe = [str(ROOT / "recipes/full_finetune.py"), *arguments(folder, cache, *OPTIONS, f"plugins=[{plugin}]")]
+    agents = []
+    try:
+        for number in range(2):
+            with (tmp_path / f"agent_{number}.log").open("w") as log:
+                command = [*TORCHRUN, "1", *meeting, *recipe]
+                agents.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True))
+            time.sleep(1.0)  # the first holds the meeting point
+        limit = time.monotonic() + 120
+        while not (folder / "metrics.jsonl").exists() or len(rows(folder)) < 4:
+            assert time.monotonic() < limit and all(agent.poll() is None for agent in agents)
+            time.sleep(0.1)
+        assert json.loads((folder / "run.json").read_text())["mesh"]["dp_shard"] == 2
+        for pid in [*children(agents[1].pid), agents[1].pid]:
+            os.kill(pid, signal.SIGKILL)
+        assert agents[0].wait(200) == 0, (tmp_path / "agent_0.log").read_text()
+    finally:
+        for agent in agents:
+            for pid in [*children(agent.pid), agent.pid] if agent.poll() is None else []:
+                os.kill(pid, signal.SIGKILL)
+    assert json.loads((folder / "run.json").read_text())["mesh"]["dp_shard"] == 1
+    for got, want in zip(rows(folder), rows(straight), strict=True):
+        assert got["tokens_total"] == want["tokens_total"] and abs(got["loss"] - want["loss"]) <= 1e-5 * want["loss"]
+
+
+def children(pid: int) -> list[int]:
+    """The processes that one has started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in tasks for child in path.read_text().split()]

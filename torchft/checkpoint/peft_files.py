@@ -1,0 +1,152 @@
+"""How PEFT writes a LoRA adapter down: the names of tensors, adapter_config.json, and layers that HF stores as one.
+
+    <module>.lora_a, <module>.lora_b <--> base_model.model.<HF module>.lora_A.weight, .lora_B.weight
+
+Where HF stores several of our layers joined (Phi-3's qkv_proj), so does the file: the As one below the other, the Bs as blocks of a
+diagonal, the rank their sum, the factor the same. PEFT's names exist only in this file (PEFT 0.21).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from math import isclose, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchft.checkpoint.hf import weight_shapes
+from torchft.checkpoint.tensor_files import LazyTensor
+from torchft.errors import CheckpointError
+from torchft.models.build import FAMILIES
+from torchft.models.keys import Stored, stored_as
+from torchft.models.spec import ModelSpec
+from torchft.peft.lora import LoraConfig
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+REFUSED = ("use_dora", "modules_to_save", "layer_replication", "lora_bias", "trainable_token_indices", "target_parameters")
+
+WITH_PEFT = "merge this adapter with peft first"
+
+
+def factors_of(cfg: LoraConfig, names: Iterable[str]) -> dict[str, float]:
+    """The factor of every module among a model's parameter names."""
+    modules = [name.removesuffix(".lora_a") for name in names if name.endswith(".lora_a")]
+    return {module: cfg.factor_of(module) for module in modules}
+
+
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for what is no plain LoRA."""
+    where = folder / CONFIG
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{where}: peft_type={config.get('peft_type')!r}\n  expected: LORA\n  fix: {WITH_PEFT}")
+    wrong = [key for key in REFUSED if config.get(key)] + (["bias"] if config.get("bias", "none") != "none" else [])
+    if wrong:
+        given = ", ".join(f"{key}={config[key]!r}" for key in wrong)
+        raise CheckpointError(f"{where}: {given}\n  expected: plain LoRA on linear layers\n  fix: {WITH_PEFT}")
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+        raise CheckpointError(f"{where}: no r or no lora_alpha\n  expected: both, as numbers\n  fix: take the file again")
+
+
+def factor_in_files(config: Mapping[str, Any], module: str, held_rank: int, where: str) -> float:
+    """What PEFT multiplies a module's B A by."""
+    alpha = _of_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    expected = _of_pattern(config.get("rank_pattern") or {}, module, config["r"])
+    if expected != held_rank:
+        raise CheckpointError(f"{where}: {module} has rank {held_rank}, its config says {expected}\n  fix: take both of one adapter")
+    return float(alpha) / (sqrt(held_rank) if config.get("use_rslora") else held_rank)
+
+
+def _of_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+
+
+def rows_of(b: LazyTensor, stored: Stored, ours: str, shapes: Mapping[str, tuple[int, ...]]) -> LazyTensor:
+    """B's rows of one of the layers that are stored joined."""
+    if len(stored.members) == 1:
+        return b
+    rows = [shapes[member][0] for member in stored.members]
+    if sum(rows) != b.shape[0]:
+        return b  # of another shape, which the caller's check reports
+    first = sum(rows[: stored.members.index(ours)])
+    held = (shapes[ours][0], b.shape[1])
+
+    def read(part: tuple[slice, ...]) -> Tensor:
+        spans = [slice(*p.indices(size)) for p, size in zip((*part, slice(None), slice(None)), held, strict=False)]
+        return b.read((slice(spans[0].start + first, spans[0].stop + first), spans[1]))
+
+    return LazyTensor(held, b.dtype, read)
+
+
+def to_peft(spec: ModelSpec, tensors: Mapping[str, Tensor], cfg: LoraConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Our tensors -> (PEFT's tensors, adapter_config.json)."""
+    rules, shapes, factors = FAMILIES[spec.family].KEYS, weight_shapes(spec), factors_of(cfg, tensors)
+    stored = {s.name.removesuffix(".weight"): s for s in (stored_as(rules, f"{module}.weight") for module in factors)}
+    out: dict[str, Tensor] = {}
+    ranks, alphas = {}, {}
+    for place, s in stored.items():
+        members = [member.removesuffix(".weight") for member in s.members]
+        a, b, factor = _joined(members, tensors, factors, shapes)
+        out[f"{PREFIX}{place}.lora_A.weight"], out[f"{PREFIX}{place}.lora_B.weight"] = a, b
+        ranks[place], alphas[place] = len(a), factor * (sqrt(len(a)) if cfg.rslora else len(a))
+    turned = {s.transposed for s in stored.values()}
+    return out, _config(ranks, alphas, _targets(spec, ranks), rslora=cfg.rslora, transposed=turned == {True})
+
+
+def _joined(
+    members: list[str], tensors: Mapping[str, Tensor], factors: Mapping[str, float], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Tensor, Tensor, float]:
+    """A, B and factor of layers that HF stores as one: B is zero where a layer has no adapter or the column is another's."""
+    own = [member for member in members if member in factors]
+    factor = factors[own[0]]
+    a = torch.cat([tensors[f"{member}.lora_a"] for member in own])
+    b = a.new_zeros(sum(shapes[f"{member}.weight"][0] for member in members), len(a))
+    row = column = 0
+    for member in members:
+        rows = shapes[f"{member}.weight"][0]
+        if member in factors:
+            block = tensors[f"{member}.lora_b"]
+            b[row : row + rows, column : column + block.shape[1]] = block * (factors[member] / factor)
+            column += block.shape[1]
+        row += rows
+    return a, b, factor
+
+
+def _targets(spec: ModelSpec, places: Iterable[str]) -> list[str]:
+    """Module names as PEFT wants them: the last part where every layer of that name has an adapter, else the whole name."""
+    rules = FAMILIES[spec.family].KEYS
+    all_places = {stored_as(rules, name).name.removesuffix(".weight") for name in weight_shapes(spec) if name.endswith(".weight")}
+    places, whole = set(places), Counter(place.rpartition(".")[2] for place in all_places)
+    leaves = Counter(place.rpartition(".")[2] for place in places)
+    full = {leaf for leaf, count in leaves.items() if count == whole[leaf]}
+    return sorted({leaf if (leaf := place.rpartition(".")[2]) in full else place for place in places})
+
+
+def _config(ranks: Mapping[str, int], alphas: Mapping[str, float], targets: list[str], *, rslora: bool, transposed: bool) -> dict[str, Any]:
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {place: r for place, r in ranks.items() if r != rank},
+        "alpha_pattern": {place: _whole(a) for place, a in alphas.items() if not isclose(a, alpha, rel_tol=1e-12)},
+        "target_modules": targets,
+        "use_rslora": rslora,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _whole(number: float) -> float | int:
+    """An int where it is one but for rounding: vLLM wants ints."""
+    return round(number) if isclose(number, round(number), rel_tol=1e-12) else number

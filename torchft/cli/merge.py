@@ -1,0 +1,36 @@
+"""`torchft merge ADAPTER --base BASE --out DIR`: a base model with a LoRA adapter added into its weights, as a HF folder."""
+
+import argparse
+from pathlib import Path
+
+from torchft.cli.export import shard_bytes
+
+MAX_LOSS = 0.5  # rounding errors over the adapter's changes: at 1 nothing of the adapter is left
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="a folder with adapter_config.json: a run's adapter/step_N, or PEFT's")
+    parser.add_argument("--base", type=Path, help="the HF folder the adapter was trained on (default: what adapter_config.json names)")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the merged weights (default: the base's)")
+    parser.add_argument("--shard-size", type=shard_bytes, default="5GB", help="largest weights file, in MB or GB (default 5GB)")
+    parser.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or where rounding loses it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Merges and prints what rounding cost."""
+    from torchft.checkpoint.adapters import merge_loss, merged
+    from torchft.dtypes import DTYPES
+    from torchft.errors import ConfigError, Problem
+    from torchft.train.export import export_hf_folder, open_for_merge
+
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    source, adapter = open_for_merge(arguments.adapter, arguments.base, force=arguments.force)
+    loss = merge_loss(source.tensors, adapter, dtype)
+    if loss > MAX_LOSS and not arguments.force:
+        given = f"{arguments.dtype or 'that of the base'}, whose rounding errors are {loss:.0%} of the adapter's changes"
+        raise ConfigError(Problem("--dtype", given, f"at most {MAX_LOSS:.0%}", "merge with --dtype fp32, or --force"))
+    whole = type(source)(source.spec, merged(source.tensors, adapter, wide=dtype is not None), source.assets)
+    export_hf_folder(whole, "", arguments.out, dtype=dtype, shard_bytes=arguments.shard_size)
+    print(f"{arguments.out}: {len(adapter.factors)} layers merged; rounding errors are {loss:.1%} of the adapter's changes")
+    return 0

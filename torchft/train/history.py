@@ -1,0 +1,93 @@
+"""What earlier attempts of a run left in its folder: when they began, what they had spent, and whether they all die at the same place.
+
+goodput.json    {"first": .., "at": {"500": state of metrics/goodput.py at the checkpoint of step 500, ...}}
+events.jsonl    an "attempt" for each start: the step it goes on from; the last step its predecessor made, and what ended it
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchft.dist import agree, environment
+from torchft.errors import CrashLoop, DataError
+from torchft.metrics.goodput import Goodput
+from torchft.metrics.rows import read_rows, write_whole
+from torchft.train.failure import MARKER
+
+GOODPUT = "goodput.json"
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # environment: how often a launcher has started this run again
+KEPT = 16  # checkpoints whose goodput is kept
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The folder as this attempt found it."""
+
+    started: float | None = None  # Unix seconds of the last attempt that did not finish
+    last_step: int = 0  # that has a row
+    last_time: float = 0.0  # of that row
+    ended_by: str = ""  # the kind of error that exit.json names; "" if nobody could write one
+    deaths: tuple[tuple[int, str], ...] = ()  # of each earlier attempt: the last step it made, and what ended it
+    goodput: dict[str, Any] | None = None
+
+    def same_deaths(self) -> int:
+        """How many attempts in a row, up to the last, died in the same way at the same step."""
+        same = 0
+        while same < len(self.deaths) and self.deaths[-1 - same] == self.deaths[-1]:
+            same += 1
+        return same
+
+
+def read(folder: Path) -> Earlier:
+    """Never raises: what is damaged counts as absent."""
+    facts = _json(folder / "run.json")
+    try:
+        rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+        events = [event for event in read_rows(folder / "events.jsonl") if event.get("event") == "attempt"]
+    except (DataError, OSError):
+        rows, events = [], []
+    last = rows[-1] if rows else {"step": 0, "time": 0.0}
+    ended_by = str(_json(folder / MARKER).get("reason", "")).partition(":")[0]
+    deaths = tuple((event.get("died_at", 0), event.get("ended_by", "")) for event in events[1:]) + ((last["step"], ended_by),) * bool(
+        events
+    )
+    started = None if "outcome" in facts else facts.get("started")
+    return Earlier(started, last["step"], last["time"], ended_by, deaths, _json(folder / GOODPUT) or None)
+
+
+def check_crash_loop(earlier: Earlier, limit: int, step: int) -> None:
+    """Raises CrashLoop, on all ranks, in a restart by a launcher after `limit` attempts that died in the same way at the same step; a
+    start by hand is let through and counts anew. earlier: rank 0's counts; step: the one to go on from."""
+    refused = earlier.ended_by == CrashLoop.__name__
+    same = agree(limit if refused else earlier.same_deaths())
+    if limit and same >= limit and any(environment(name, "0") != "0" for name in RESTARTS):
+        raise CrashLoop(
+            f"crash loop: {same} attempts in a row died at the same step\n  given:    restarts that go on from step {step}\n"
+            f"  expected: fewer than train.max_crashes={limit}\n  fix:      see events.jsonl and logs/ for what ended them; then start "
+            "the run by hand, which counts anew"
+        )
+
+
+def go_on(goodput: Goodput, folder: Path, step: int, earlier: Earlier, *, resumes: bool) -> None:
+    """Books what the attempts before this one had spent, lost and waited. step: the one it goes on from."""
+    state = (earlier.goodput or {}).get("at", {}).get(str(step))
+    if step and state:
+        goodput.resume(state, earlier.last_time)
+    elif resumes and not step and earlier.started is not None:
+        goodput.start_over(min((earlier.goodput or {}).get("first", earlier.started), earlier.started), earlier.last_time)
+
+
+def note_checkpoint(goodput: Goodput, folder: Path, step: int) -> None:
+    """Keeps the state that belongs to the checkpoint of `step`. Raises OSError on a full disk."""
+    kept = _json(folder / GOODPUT).get("at", {}) | {str(step): goodput.state()}
+    newest = sorted(kept, key=int)[-KEPT:]
+    write_whole(folder / GOODPUT, json.dumps({"first": goodput.first, "at": {key: kept[key] for key in newest}}) + "\n")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
