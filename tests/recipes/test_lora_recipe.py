@@ -173,6 +173,11 @@ def test_other_adapters_resume_and_merge(tmp_path: Path, base: Path, kind: list[
         whole = first[name].read(())
         assert (whole - before[name].read(())).norm() > 1e-3 * whole.norm()
         assert all((whole - other[name].read(())).norm() <= 1e-5 * whole.norm() for other in others), name
-    options = [f"adapter.path={tmp_path / 'whole' / 'adapter' / 'step_00000006'}", "train.steps=1", "optim.lr=1e-9"]
+    options = [
+        f"adapter.path={tmp_path / 'whole' / 'adapter' / 'step_00000006'}",
+        "train.steps=1",
+        "optim.lr=1e-9",
+        "schedule.warmup_steps=0",
+    ]
     assert run(argv(tmp_path / "again", base, *options, "schedule.warmup_steps=0")) == 0
     assert rows(tmp_path / "again")[0]["loss"] < rows(tmp_path / "whole")[0]["loss"]
