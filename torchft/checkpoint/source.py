@@ -21,7 +21,7 @@ from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.gguf import GgufFile
 from torchft.checkpoint.hf import weight_shapes
 from torchft.checkpoint.hub import local_folder
-from torchft.checkpoint.manifest import MANIFEST, STATE, TensorInfo, hash_weights, read_listed, read_manifest, verify
+from torchft.checkpoint.manifest import MANIFEST, TensorInfo, hash_weights, read_manifest, read_state, verify
 from torchft.checkpoint.new_rows import NewRows, cut
 from torchft.checkpoint.peft_files import factors_of, plain_lora
 from torchft.checkpoint.quantised import open_base
@@ -75,7 +75,7 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
     problems = verify(path)
     if problems:
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems[:4])}\n  fix: convert another checkpoint of the run")
-    recorded = json.loads(read_listed(path, read_manifest(path), STATE)).get("base") or {}
+    recorded = read_state(path, read_manifest(path)).get("base") or {}
     config = run_config(path)
     model = config.get("model") or {}
     if base is None and not recorded.get("path") and model.get("family"):
