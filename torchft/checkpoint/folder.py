@@ -21,6 +21,7 @@ from torchft.checkpoint.manifest import sync_folder, verify, write_durably
 from torchft.errors import CheckpointError
 
 LATEST, BEST = "latest", "best"
+POINTER_BYTES = 4096  # at most so many are looked at
 
 
 def step_name(step: int) -> str:
@@ -177,10 +178,11 @@ class CheckpointFolder:
         return self._bytes(pointer).decode("utf-8", errors="replace").splitlines()
 
     def _bytes(self, pointer: str) -> bytes:
-        try:
-            return (self.path / pointer).read_bytes()
-        except FileNotFoundError:
+        path = self.path / pointer
+        if not path.is_file():
             return b""
+        with path.open("rb") as file:
+            return file.read(POINTER_BYTES)
 
 
 def _best_lines(best: Best) -> list[str]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torchft.checkpoint import state as states
 from torchft.checkpoint.folder import CheckpointFolder
 from torchft.checkpoint.manifest import MANIFEST, Manifest, TensorInfo, read_manifest, read_state, verify, wrong_hashes
-from torchft.checkpoint.reader import load_tensors
+from torchft.checkpoint.reader import ADVICE, load_tensors
 from torchft.checkpoint.state import Difference, HasParameters
 from torchft.dist import agreed, on_rank_0, over_ranks, rank, world_size
 from torchft.errors import CheckpointError
@@ -62,6 +62,8 @@ def load_training(folder: Path, parts: HasParameters, optimizer: Optimizer, base
         rows = _model_differences(manifest, parts) + _optimizer_differences(manifest, saved, optimizer, tensors)
         hashes = [(origin or {}).get("sha256", "none") for origin in (state["base"], base)]
         rows += [("sha256 of the frozen base", *hashes)] if hashes[0] != hashes[1] else []
+        quants = [(origin or {}).get("quant", "none") for origin in (state["base"], base)]
+        rows += [("quant of the frozen base", *quants)] if quants[0] != quants[1] else []
         _raise_differences(folder, rows)
     except CheckpointError:
         states.forget(optimizer, fresh)
@@ -103,7 +105,7 @@ def raise_if_damaged(path: Path, how: Thoroughness) -> None:
     """CheckpointError that names every damaged file of a checkpoint."""
     problems = problems_of(path, how)
     if problems:
-        raise CheckpointError(f"{path} is not a good checkpoint:\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{path} is not a good checkpoint:\n  " + "\n  ".join(problems) + ADVICE)
 
 
 def problems_of(path: Path, how: Thoroughness) -> list[str]:

@@ -23,6 +23,10 @@ from torchft.errors import CheckpointError
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+MANIFEST_BYTES = 256 << 20
+STATE_KEYS = {"step": int, "optimizer": dict, "trainable": str}  # what every state.json has
+OPTIMIZER_KEYS = {"class": str, "groups": list, "values": dict, "stateless": list}
+GROUP_KEYS = {"names": list, "options": dict, "initial": dict}
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest, its digest checked. Raises CheckpointError if it is missing, damaged or of another format."""
     path = folder / MANIFEST
     try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MANIFEST_BYTES:
+            raise CheckpointError(f"{path}: not a plain file of at most {MANIFEST_BYTES} bytes")
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; a finished checkpoint has it") from None
@@ -84,7 +91,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: format {body.get('format')!r}; this version reads format {FORMAT}")
     try:
         return _decode(body)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error})") from None
 
 
@@ -135,11 +142,35 @@ def read_state(folder: Path, manifest: Manifest) -> dict[str, Any]:
     content = read_listed(folder, manifest, STATE)
     try:
         state = json.loads(content)
-        if isinstance(state, dict):
-            return state
-        raise ValueError(f"a {type(state).__name__}")
+        _check_state(state, manifest)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / STATE}: not a checkpoint's state ({type(error).__name__}: {error})") from None
+        raise CheckpointError(
+            f"{folder / STATE}: not the state of step {manifest.step}\n  given:    {str(error)[:200]}\n  expected: the file as the save "
+            "wrote it\n  fix:      use another checkpoint of the run, and look at where this one came from"
+        ) from None
+    return state
+
+
+def _check_state(state: Any, manifest: Manifest) -> None:
+    """ValueError, unless everything that loading looks up is there."""
+    _check_keys("state.json", state, STATE_KEYS)
+    if state["step"] != manifest.step:
+        raise ValueError(f"step {state['step']}, in the manifest {manifest.step}")
+    _check_keys("optimizer", state["optimizer"], OPTIMIZER_KEYS)
+    for group in state["optimizer"]["groups"]:
+        _check_keys("optimizer group", group, GROUP_KEYS)
+        if not all(isinstance(name, str) for name in group["names"]):
+            raise ValueError("an optimizer group with a name that is no text")
+    if state.get("base") is not None:
+        _check_keys("base", state["base"], {"path": str, "sha256": str})
+
+
+def _check_keys(what: str, value: Any, keys: Mapping[str, type]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is a {type(value).__name__}")
+    for key, kind in keys.items():
+        if type(value.get(key)) is not kind:
+            raise ValueError(f"{what} has {key}={str(value.get(key, 'nothing'))[:60]}, not a {kind.__name__}")
 
 
 def hash_file(path: Path) -> FileInfo:
@@ -184,12 +215,19 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 
 def _decode(body: dict[str, Any]) -> Manifest:
-    files = {_plain(name): FileInfo(int(info["size"]), str(info["sha256"])) for name, info in body.pop("files").items()}
+    files = {_plain(name): FileInfo(_count(info["size"]), str(info["sha256"])) for name, info in body.pop("files").items()}
     tensors = {
-        part: {key: TensorInfo(tuple(map(int, info["shape"])), str(info["dtype"])) for key, info in infos.items()}
+        part: {key: TensorInfo(tuple(map(_count, info["shape"])), str(info["dtype"])) for key, info in infos.items()}
         for part, infos in body.pop("tensors").items()
     }
+    _check_keys("manifest", body, {"step": int, "tokens": int, "world_size": int, "mesh": dict, "config_hash": str, "versions": dict})
     return Manifest(files=files, tensors=tensors, **body)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{str(value)[:60]} where a count belongs")
+    return value
 
 
 def _plain(name: str) -> str:

@@ -2,18 +2,22 @@
 
 DCP's index `.metadata` is a pickle, and torch loads it with the full unpickler. Here the unpickler can build nothing but inert records,
 tuples, ints and torch dtypes; the index is then made from these, each value checked (a tensor's chunks, a file's plain name, ranges inside
-the file). Entries that are not tensors are refused; the tensor records themselves go through torch's weights-only unpickler.
+the file). Entries that are not tensors are refused; the tensor records themselves go through torch's weights-only unpickler, and only if
+they are stored uncompressed: a record never takes more memory than it has bytes.
 """
 
+import io
 import pickle
+import pickletools
 import re
 import stat
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,11 +31,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.futures import Future
 
 from torchft.checkpoint.manifest import TensorInfo
 from torchft.errors import CheckpointError
 
 INDEX = ".metadata"
+ADVICE = (
+    "\n  expected: what a save of this library wrote\n  fix:      use another checkpoint of the run, and look at where this one came from"
+)
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup | None = None) -> None:
@@ -41,7 +49,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGrou
     nothing but the tensors and the layout: the same state gives the same bytes. Raises CheckpointError on all ranks.
     """
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _agreed_failures(folder):
+    with _agreed_failures(folder, reading=False):
         dcp.save(dict(tensors), storage_writer=_Writer(folder, sync_files=True, overwrite=False), planner=planner, process_group=group)
 
 
@@ -51,7 +59,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor], *, alone: bool = F
     Each rank names what it holds. Keys of the folder that nobody names are not read: compare the key sets before (`read_index`).
     Raises CheckpointError on all ranks if the folder is damaged, hostile, or lacks a key or a shape.
     """
-    with _agreed_failures(folder):
+    with _agreed_failures(folder, reading=True):
         dcp.load(dict(tensors), storage_reader=_Reader(folder), planner=_TensorPlanner(), no_dist=alone)
 
 
@@ -62,7 +70,7 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
 
 
 @contextmanager
-def _agreed_failures(folder: Path) -> Iterator[None]:
+def _agreed_failures(folder: Path, *, reading: bool) -> Iterator[None]:
     """DCP's CheckpointException, a BaseException that it raises on all ranks if one failed, as a CheckpointError in one line.
 
     An interrupt that DCP caught on some rank goes on as an interrupt. torch's remark that one process works alone is not shown.
@@ -77,7 +85,8 @@ def _agreed_failures(folder: Path) -> Iterator[None]:
             if not isinstance(cause, Exception):
                 raise cause from None
         by_reason = {f"{type(cause).__name__}: {cause}": rank for rank, cause in reversed(causes.items())}  # one rank a reason
-        raise CheckpointError(f"{folder}: " + "; ".join(f"rank {rank}: {reason}" for reason, rank in by_reason.items())) from None
+        text = f"{folder}: " + "; ".join(f"rank {rank}: {reason}" for reason, rank in by_reason.items())
+        raise CheckpointError(text if ADVICE in text else text + (ADVICE if reading else "")) from None
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -92,6 +101,12 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self) -> Metadata:
         return _read_metadata(Path(self.path))
 
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+        """Looks at each record before torch opens it."""
+        for place in {self.storage_data[item.storage_index] for item in plan.items}:
+            _check_record(Path(self.path), place)
+        return super().read_data(plan, planner)
+
 
 class _TensorPlanner(dcp.DefaultLoadPlanner):
     def __init__(self) -> None:
@@ -104,15 +119,64 @@ class _TensorPlanner(dcp.DefaultLoadPlanner):
 def _read_metadata(folder: Path) -> Metadata:
     path = folder / INDEX
     try:
-        with path.open("rb") as file:
-            record = _IndexUnpickler(file).load()
-        return _metadata(record, folder)
+        content = path.read_bytes()
+        _check_memory(content)
+        return _metadata(_IndexUnpickler(io.BytesIO(content)).load(), folder)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except CheckpointError:
-        raise
+        raise CheckpointError(f"{path}: {error.strerror}{ADVICE}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}{ADVICE}") from None
     except Exception as error:  # a damaged pickle fails in any way it likes
-        raise CheckpointError(f"{path}: damaged, not an index of tensors ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"{path}: damaged, not an index of tensors ({type(error).__name__}: {error}){ADVICE}") from None
+
+
+def _check_memory(content: bytes) -> None:
+    """ValueError for a pickle of a few bytes that makes the unpickler allocate gigabytes: its memo grows to any index it is told."""
+    for code, argument, _ in pickletools.genops(content):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > len(content):
+            raise ValueError(f"memo index {argument} in a file of {len(content)} bytes")
+
+
+def _check_record(folder: Path, place: "_Place") -> None:
+    """CheckpointError if a tensor's record would unpack to more than it has bytes. Only the record's own list of contents is read."""
+    path = folder / place.relative_path
+    with path.open("rb") as file:
+        try:
+            entries = zipfile.ZipFile(_View(file, place.offset, place.length)).infolist()
+        except zipfile.BadZipFile as error:
+            raise CheckpointError(f"{path}: a record that is no tensor's ({error}){ADVICE}") from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > place.length:
+        raise CheckpointError(f"{path}: a compressed record, which may unpack to any size{ADVICE}")
+
+
+class _View(io.RawIOBase):
+    """A part of an open file as a file of its own, to read from."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int):
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, at: int, whence: int = io.SEEK_SET) -> int:
+        at += {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if at < 0:
+            raise OSError(f"seek to {at}")
+        self._at = at
+        return at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        piece = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
 
 
 class _Record:
@@ -161,7 +225,7 @@ class _IndexUnpickler(pickle.Unpickler):
         dtype = getattr(torch, name, None) if module == "torch" and "." not in name else None
         if isinstance(dtype, torch.dtype):
             return dtype
-        raise CheckpointError(f"an index of tensors has no business with {module}.{name}: the file is hostile or not ours")
+        raise CheckpointError(f"an index of tensors has no business with {module}.{name}")
 
 
 def _unused(*args: object) -> None:
@@ -235,7 +299,7 @@ class _Place:
 def _file_size(folder: Path, name: Any) -> int:
     """The size of a data file, which must be a plain file of this folder: no path, no link."""
     if not isinstance(name, str) or not re.fullmatch(r"__\d+_\d+\.distcp", name, re.ASCII):
-        raise CheckpointError(f"{folder / INDEX}: names the data file {name!r}, which is not one of this folder's: the file is hostile")
+        raise CheckpointError(f"names the data file {name!r}, which is not one of this folder's")
     status = (folder / name).lstat()
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{folder / name}: a link or a special file; a checkpoint holds plain files only")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchft.checkpoint.manifest import write_durably
 from torchft.checkpoint.safe_path import file_in
 from torchft.errors import CheckpointError
-from torchft.models.hf_config import read_json
+from torchft.models.hf_config import no_duplicates, read_json
 
 HEADER_BYTES = 100_000_000  # safetensors' own limit
 INDEX_BYTES = 64 << 20
@@ -128,15 +128,25 @@ def _lazy(path: Path, name: str, view: object, dtypes: Mapping[str, torch.dtype]
 
 
 def _check_header(path: Path) -> None:
-    """The first 8 bytes give the header's length; it is checked before anybody allocates it."""
+    """The first 8 bytes give the header's length; it is checked before anybody allocates it. The library takes the last of two equal
+    names in silence, so they are looked for here."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if size >= 8 and length <= min(HEADER_BYTES, size - 8) else b""
     if size < 8 or length > min(HEADER_BYTES, size - 8):
         raise CheckpointError(
             f"{path} is no safetensors file or is cut off: header of {length} bytes in a file of {size}\n"
             f"  expected: at most {HEADER_BYTES} bytes, within the file\n  fix: take the file again"
         )
+    try:
+        json.loads(header, object_pairs_hook=no_duplicates)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path} holds {error} twice\n  expected: each tensor once\n  fix:      take the file from the model's own source"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or incomplete: its header is no JSON: {error}\n  fix: take the file again") from None
 
 
 class TensorWriter:

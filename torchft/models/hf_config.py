@@ -130,18 +130,30 @@ def read_json(path: Path, *, max_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
     if size > max_bytes:
         raise ConfigError(Problem(path.name, f"{size} bytes", f"at most {max_bytes}", "this is no real model file", str(path)))
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
     except UnicodeDecodeError as error:
         raise ConfigError(Problem(path.name, f"byte {error.start} is not UTF-8", "UTF-8 text", "take the file again", str(path))) from None
     except json.JSONDecodeError as error:
         place = f"{path}:{error.lineno}:{error.colno}"
         raise ConfigError(Problem(path.name, error.msg, "valid JSON", "correct the file at this place", place)) from None
+    except KeyError as error:
+        fix = "correct the file: readers differ in which of the two they take"
+        raise ConfigError(Problem(path.name, f"{error} twice in one object", "each key once", fix, str(path))) from None
     except RecursionError:
         raise ConfigError(
             Problem(path.name, "too many nested brackets", "a flat object", "this is no real model file", str(path))
         ) from None
     if not isinstance(value, dict):
         raise ConfigError(Problem(path.name, type(value).__name__, "a JSON object {...}", "take the file again", str(path)))
+    return value
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's dict, for json.loads; KeyError if a key comes twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1)[:200])
     return value
 
 
