@@ -64,7 +64,7 @@ def run_microbatches(
 def forward_schedule(stages: list[PipelineStage], num_microbatches: int, stages_of: dict[int, list[int]]) -> PipelineScheduleMulti:
     """A pass without backward for ranks of several stages: each stage in turn over all micro-batches. stages_of: by rank.
 
-    torch's own schedules lay out backward steps as well, and their `eval` trips over stages that follow each other on one rank.
+    torch's own schedules lay out backward steps as well, and their evaluation trips over stages that follow each other on one rank.
     """
     schedule = schedules._PipelineScheduleRuntime(stages, num_microbatches)
     rank_of = {stage: rank for rank, held in stages_of.items() for stage in held}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,9 +38,19 @@ def test_product_must_be_the_world(world, degrees):
 
 
 def test_what_the_model_does_not_allow():
-    """tp that does not divide the kv heads lists the legal values; more stages than layers is refused."""
-    text = problems(4, tp=4)
-    assert "parallel.tp" in text and "num_kv_heads=2" in text and "[1, 2]" in text
+    """tp that does not divide the heads lists the legal values, more than the kv heads among them; more stages than layers is refused."""
+    text = problems(8, tp=8)
+    assert "parallel.tp" in text and "num_heads=4" in text and "[1, 2, 4]" in text
+    assert problems(4, tp=4) == ""
+    spec = tiny_llama()
+    for part, expected in (
+        ({"attention": replace(spec.attention, num_heads=12, num_kv_heads=6)}, "multiple of num_kv_heads=6"),
+        ({"mlp": replace(spec.mlp, intermediate_size=66)}, "divisor of intermediate_size=66"),
+        ({"vocab_size": 5}, "rows of vocab_size=5"),
+    ):
+        cfg = ParallelConfig(tp=4)
+        (problem,) = check_degrees(resolve_degrees(cfg, 4), replace(spec, **part), cfg)
+        assert expected in str(problem)
     assert "num_layers=4" in problems(5, pp=5)
 
 
@@ -53,8 +64,8 @@ def test_every_combination_of_the_four_axes_is_legal():
 
 def test_parallelize_itself_refuses(tmp_path):
     """Library callers get the same errors: a layout no test covers, and mixed precision without a mesh."""
-    spec, cfg = tiny_llama(), ParallelConfig(tp=4)
-    mesh = Mesh({"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 4}, torch.device("cpu"))
+    spec, cfg = tiny_llama(), ParallelConfig(tp=3)
+    mesh = Mesh({"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 3}, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"parallel.tp"):
         parallelize([build_decoder(spec)], mesh, cfg)
     alone = build_mesh(resolve_degrees(ParallelConfig(), 1), torch.device("cpu"))

@@ -45,7 +45,7 @@ def linear_ce(
         options = (projection.scale, projection.softcap, projection.vocab, smoothing, z)
         return _plain_linear_ce(h, projection.weight, projection.bias, rows, labels, weights, options)
     total = upcast(h[:0].sum())
-    for chunk in _chunks(len(rows), projection.weight):
+    for chunk in _chunks(len(rows), projection.weight, projection.vocab):
         part = checkpoint(
             lambda x, y, w: (_cross_entropy(projection.logits(x), y, projection.vocab, smoothing, z) * w).sum(),
             h[rows[chunk]],
@@ -71,7 +71,7 @@ def token_logprobs(
     if len(h) == 0:
         nothing = upcast(h).sum(-1)
         return nothing, nothing if entropy else None
-    chunks = _chunks(len(h), projection.weight)
+    chunks = _chunks(len(h), projection.weight, projection.vocab)
     parts = [checkpoint(one, h[c], labels[c], use_reentrant=False, preserve_rng_state=False) for c in chunks]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
 
@@ -121,7 +121,7 @@ def _loss_and_gradients(
     dh = torch.zeros_like(h) if need_h else None
     dw = db = None
     total = torch.zeros((), dtype=torch.float64, device=h.device)
-    chunks = _chunks(len(rows), weight)
+    chunks = _chunks(len(rows), weight, vocab)
     sum_dtype = torch.float32 if len(chunks) > MAX_NARROW_SUMS and weight.dtype.itemsize < 4 else weight.dtype
     narrow, wide = _logit_buffers(chunks, h, weight)
     for chunk in chunks:
@@ -283,8 +283,9 @@ def _trained_rows(weights: Tensor, num_trained: int | None) -> Tensor:
     return torch.nonzero_static(weights, size=num_trained).squeeze(1)
 
 
-def _chunks(n: int, weight: Tensor) -> list[slice]:
-    """Slices of at most CHUNK_BYTES of logits each, as equal as can be."""
-    rows = max(1, CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"] // (4 * len(weight)))
-    count = -(-n // rows)
+def _chunks(n: int, weight: Tensor, vocab: VocabShard | None) -> list[slice]:
+    """Slices of at most CHUNK_BYTES of logits each, as equal as can be; the same on every rank, since each has its collectives."""
+    width = vocab.rows if vocab is not None and vocab.rows is not None else len(weight)
+    most = max(1, CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"] // (4 * width))
+    count = -(-n // most)
     return [slice(i * n // count, (i + 1) * n // count) for i in range(count)]

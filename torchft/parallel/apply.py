@@ -38,7 +38,8 @@ def parallelize(
     problems = [*check_degrees(mesh.degrees, modules[0].spec, parallel), *check_split_backward(mesh, parallel, memory, compile)]
     if problems:
         raise ConfigError(problems)
-    assert mesh.device_mesh is not None or not precision.is_mixed, "mixed precision needs a mesh: build_mesh(..., mixed=True)"
+    needs_mesh = precision.is_mixed or parallel.fsdp.cpu_offload
+    assert mesh.device_mesh is not None or not needs_mesh, "mixed precision and offload need a mesh: build_mesh(..., mixed=True)"
     trainable = {name for module in modules for name, p in module.named_parameters() if p.requires_grad}
     reshard = parallel.fsdp.reshard_after_forward
     for module in modules:
@@ -47,8 +48,10 @@ def parallelize(
         apply_recompute(module, memory)
         apply_compile(module, compile)
         if mesh.device_mesh is not None:
-            apply_fsdp(module, mesh, precision, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard)
-        module.to_empty(device=mesh.device)
+            apply_fsdp(
+                module, mesh, precision, parallel.fsdp, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard
+            )
+        module.to_empty(device="cpu" if parallel.fsdp.cpu_offload else mesh.device)
     tokens_over = mesh.degrees["tp"] if parallel.sequence_parallel else 1
     pipeline = Pipeline(modules, mesh, parallel, precision.compute_dtype, tokens_over) if mesh.degrees["pp"] > 1 else None
     return Parts(list(modules), mesh, _over_stages(trainable, mesh), pipeline, parallel.fsdp.sync_every_micro_batch, tokens_over)

@@ -193,6 +193,7 @@ def build_job(cfg, run: Run) -> Job:
         spikes=spikes,
         neftune=(cfg.train.neftune, cfg.seed) if cfg.train.neftune else None,
         prompts=encode_prompts(cfg.validate.prompts, text),
+        ledger=cfg.debug.ledger,
     )
 
 
