@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.hostile import ARTIFACTS, build
+from tests.helpers.hostile import ARTIFACTS, INERT, build
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,13 +25,13 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.mark.parametrize("name", ARTIFACTS)
 def test_is_refused_by_name(name: str, outcome: dict) -> None:
-    """No call, process, full unpickler, connection or foreign file; a user's error that names the culprit, what was expected and the way
-    out; and less than 300 MB on the way."""
+    """No call, process, full unpickler, connection or foreign file, and less than 300 MB; a user's error that names the culprit and the way
+    out, or, for keys that real files have too, a load that pays them no heed."""
     found = outcome["found"][name]
-    assert found["events"] == []
-    assert found["outcome"] == "refused", found
-    assert ARTIFACTS[name].names in found["text"] and "fix:" in found["text"], found["text"]
-    assert found["grown_mb"] < 300, found
+    names = ARTIFACTS[name].names
+    assert found["events"] == [] and found["grown_mb"] < 300, found
+    assert found["outcome"] == ("loaded" if names == INERT else "refused"), found
+    assert names == INERT or (names in found["text"] and "fix:" in found["text"]), found["text"]
 
 
 def test_no_trap_ran(outcome: dict) -> None:

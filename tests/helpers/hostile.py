@@ -37,6 +37,7 @@ from torchft.models.build import read_config
 from torchft.models.decoder import build_decoder
 
 PWNED = "pwned"
+INERT = ""  # in place of what the error must name: the folder loads, for what attacks is a key that real files have and nothing reads
 SECONDS = 20  # an artifact may keep its reader busy for so long
 STEP = "step_00000002"
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn", "pickle.find_class", "ctypes.dlopen")
@@ -168,7 +169,7 @@ HF = {
     "an unknown dtype": Artifact("hf", "model.safetensors", header(f'{{"a":{tensor(dtype="PY")}}}')),
     "truncated weights": Artifact("hf", "model.safetensors", lambda d: put(weights(d), weights(d).read_bytes()[:-9])),
     "weights of integers": Artifact("hf", NORM, tensors(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int64)}))),
-    "weights of another shape": Artifact("hf", NORM, tensors(lambda t: t.update({NORM: torch.ones(32, 32)}))),
+    "weights of another shape": Artifact("hf", "norm.weight: (32, 32)", tensors(lambda t: t.update({NORM: torch.ones(32, 32)}))),
     "a weight nobody knows": Artifact("hf", "model.backdoor", tensors(lambda t: t.update({"model.backdoor": torch.ones(4)}))),
     "an index out of the folder": Artifact("hf", "index.json", index({NORM: "../secret.safetensors"})),
     "an index to the root": Artifact("hf", "index.json", index({NORM: "/etc/passwd.safetensors"})),
@@ -178,8 +179,9 @@ HF = {
     "an index with a key twice": Artifact("hf", "index.json", index('{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}')),
     "an index that is a list": Artifact("hf", "index.json", index("[1]")),
     "a link to an endless device": Artifact("hf", "model.safetensors", link_to_zero),
-    "a config with code": Artifact("hf", "auto_map", config(auto_map={"AutoModel": "evil.Model"}, trust_remote_code=True)),
-    "a config with hub code for attention": Artifact("hf", "_attn", config(_attn_implementation_internal="evil/kernel")),
+    "a config with code": Artifact("hf", INERT, config(auto_map={"AutoModel": "evil.Model"})),
+    "a config that wants to be trusted": Artifact("hf", "trust_remote_code", config(trust_remote_code=True)),
+    "a config with hub code for attention": Artifact("hf", INERT, config(_attn_implementation_internal="evil/kernel")),
     "a config with a vocabulary of 2^60": Artifact("hf", "vocab_size", config(vocab_size=1 << 60)),
     "a config of NaN": Artifact("hf", "rms_norm_eps", config(rms_norm_eps=float("nan"))),
 }
@@ -298,7 +300,7 @@ CHECKPOINT = {
         for trap in traps()
     },
     "a call inside the index": Artifact("checkpoint", METADATA, meta(lambda r: setattr(r, "planner_data", traps()[0]))),
-    "an index that imports by name": Artifact("checkpoint", METADATA, raw_meta(b"\x80\x04cos\nsystem\n\x8c\x0atouch pwned\x85R.")),
+    "an index that imports by name": Artifact("checkpoint", METADATA, raw_meta(b"\x80\x04cos\nsystem\n\x8c\x0btouch pwned\x85R.")),
     "an index that grows the memo": Artifact("checkpoint", METADATA, raw_meta(b"\x80\x04Nr\x00\xe1\xf5\x05.")),
     "an index with a huge text": Artifact("checkpoint", METADATA, raw_meta(b"\x80\x04\x8d" + struct.pack("<Q", 1 << 50) + b"x.")),
     "an index of bytes": Artifact(

@@ -200,10 +200,10 @@ def test_paths_that_hold_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
 
 
 def test_looking_needs_no_torch(run: Path) -> None:
-    """ls, show, verify --full, diff and each --help leave torch unimported."""
+    """ls, show, verify --full and each --help leave torch unimported."""
     code = f"""import sys
 from torchft.cli.main import main
-for words in (["ls", "RUN"], ["show", "RUN"], ["verify", "RUN", "--full"], ["diff", "RUN", "RUN"]):
+for words in (["ls", "RUN"], ["show", "RUN"], ["verify", "RUN", "--full"]):
     main(["ckpt", *[word.replace("RUN", {str(run)!r}) for word in words]])
 print([name for name in ("torch", "numpy") if name in sys.modules])"""
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.endswith("[]\n")

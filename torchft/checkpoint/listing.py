@@ -1,4 +1,4 @@
-"""A run's checkpoints as their files tell it, for whoever looks at them: list, show, verify, compare. Nothing here needs torch.
+"""A run's checkpoints as their files tell it, for whoever looks at them: list, show, verify, compare. Comparing alone needs torch.
 
     a run | its checkpoints/ | one step_* folder --find_checkpoints--> paths --read_listed_checkpoint--> Listed
 
@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from torchft.checkpoint.folder import BEST, LATEST, CheckpointFolder, step_of
 from torchft.checkpoint.manifest import MANIFEST, Manifest, read_manifest, read_state, verify
-from torchft.config.compare import differing_keys
 from torchft.errors import CheckpointError
 
 KEPT = "keep"
@@ -139,6 +138,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 def differences(a: Path, b: Path) -> dict[str, list[str]]:
     """What two checkpoints say differently: key -> the two values as text. Equal files don't appear, so none at all is byte equality."""
+    from torchft.config.compare import differing_keys
+
     trees = [describe(path) for path in (a, b)]
     for tree in trees:
         tree["files"] = {name: f"{info['size']} bytes, SHA-256 {info['sha256'][:12]}..." for name, info in tree["files"].items()}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from torchft.checkpoint.listing import Listed
-from torchft.config.compare import Difference, differences_text
 
 MAX_CHARS = 48  # of a value in a table of differences
 MAX_ROWS = 40
@@ -58,6 +57,8 @@ def show_text(data: Mapping[str, Any], *, tensors: bool = False) -> str:
 
 def diff_text(a: Path, b: Path, found: Mapping[str, list[str]], values: Mapping[str, tuple[float, float]] | None) -> str:
     """The differences as a table; long values cut, the files' hashes last."""
+    from torchft.config.compare import Difference, differences_text
+
     rows = [Difference(key, *(_short(value) for value in pair)) for key, pair in found.items()]
     text = differences_text(rows[:MAX_ROWS], str(a), str(b))
     text += f"\nand {len(rows) - MAX_ROWS} more (--json has all)" if len(rows) > MAX_ROWS else ""

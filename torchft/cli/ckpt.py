@@ -1,6 +1,6 @@
-"""`torchft ckpt ls | show | verify | diff | prune | keep`: a run's checkpoints from outside (torchft/checkpoint/listing.py), without torch.
+"""`torchft ckpt ls | show | verify | diff | prune | keep`: a run's checkpoints from outside (torchft/checkpoint/listing.py).
 
-Exit codes: 0 all is well, 1 something was found (verify: damage; diff: a difference), 2 an error.
+Only diff needs torch. Exit codes: 0 all is well, 1 something was found (verify: damage; diff: a difference), 2 an error.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         made[name].add_argument("--step", default="", metavar="N", help="of a run: a step's number, latest (default) or best")
     made["show"].add_argument("--tensors", action="store_true", help="every tensor with dtype and shape")
     made["verify"].add_argument("--full", action="store_true", help="hash every file")
-    made["diff"].add_argument("--values", action="store_true", help="compare the weights' values too; reads both models (needs torch)")
+    made["diff"].add_argument("--values", action="store_true", help="compare the weights' values too; reads both models")
     made["prune"].add_argument("--keep-last", type=int, default=3, metavar="N", help="how many of the newest to keep (default 3)")
     made["prune"].add_argument("--aside", action="store_true", help="also what a resume set aside, and what dead runs left unfinished")
     made["prune"].add_argument("--yes", action="store_true", help="delete; without it the names are only printed")

@@ -10,7 +10,6 @@ go together in any combination; tests/dist holds each equal to one process (the 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,6 +18,8 @@ from torchft.batch import Group
 from torchft.compat import flatten_mesh, join_meshes, set_timeout
 from torchft.errors import ConfigError, Problem
 from torchft.models.spec import ModelSpec
+from torchft.parallel.schedules import ScheduleName, num_stages
+from torchft.parallel.stages import check_split
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -44,7 +45,9 @@ class ParallelConfig:
     cp: int = 1  # context parallelism (not yet built: 1)
     tp: int = 1  # tensor parallelism; must divide num_heads and intermediate_size, and divide num_kv_heads or be a multiple of it
     pp: int = 1  # pipeline stages
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # pipeline schedule; gpipe keeps the activations of all micro-batches
+    schedule: ScheduleName = "1f1b"  # pipeline schedule; `torchft schedule` draws it
+    pp_stages_per_rank: int = 2  # stages on each rank under the interleaved schedules (zbv and dualpipev have 2, the others 1)
+    pp_split: list[int] = field(default_factory=list)  # layers of each stage by hand; empty: by cost, the head counted
     sequence_parallel: bool = True  # under tp, shard the tokens between blocks (memory); the numbers are the same
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)  # options of FSDP2
     timeout_s: float = 600.0  # a collective that takes longer ends the run
@@ -57,6 +60,8 @@ class ParallelConfig:
                 yield Problem(f"parallel.{axis}", str(degree), "a whole number >= 1", "use 1 to switch the axis off")
         if self.cp != 1:
             yield Problem("parallel.cp", str(self.cp), "1: context parallelism is not built yet", "use parallel.tp or shorter sequences")
+        if self.pp_stages_per_rank < 1:
+            yield Problem("parallel.pp_stages_per_rank", str(self.pp_stages_per_rank), "a whole number >= 1", "use 2")
         for key, usual in (("timeout_s", 600), ("step_timeout_s", 300)):
             if getattr(self, key) <= 0:
                 yield Problem(f"parallel.{key}", str(getattr(self, key)), "seconds > 0", f"use {usual}")
@@ -131,8 +136,8 @@ def check_degrees(degrees: dict[str, int], spec: ModelSpec, cfg: ParallelConfig)
         yield Problem(
             "parallel.fsdp.sync_every_micro_batch", "true with parallel.pp", "false", "set it to false: a pipeline reduces once a step"
         )
-    if pp > spec.num_layers:
-        yield Problem("parallel.pp", str(pp), f"at most num_layers={spec.num_layers}", f"use parallel.pp <= {spec.num_layers}")
+    if pp > 1:
+        yield from check_split(spec, num_stages(cfg.schedule, pp, cfg.pp_stages_per_rank), cfg.pp_split)
 
 
 def _refused(tp: int, spec: ModelSpec) -> str | None:
