@@ -20,6 +20,7 @@ from torchft.parallel.compile import CompileConfig
 from torchft.parallel.fsdp import PrecisionConfig
 from torchft.parallel.mesh import ParallelConfig
 from torchft.parallel.recompute import MemoryConfig
+from torchft.quant.swap import QuantConfig
 from torchft.train.adapter import AdapterConfig
 from torchft.train.data import TokenizerConfig
 from torchft.train.finish import AdapterExportConfig, finish_run
@@ -36,6 +37,7 @@ class Config:
     plugins: list[str] = field(default_factory=list)  # Python modules or files of your own to import first
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -12,7 +12,7 @@ from tests.helpers.recipe import arguments, rows
 from torchft.cli.main import main
 from torchft.train.launch import Processes, command_line, exit_code, launch
 
-STUB = '''
+STUB = """
 import os, signal, sys, time
 from dataclasses import dataclass
 from torchft.train.run import run_recipe
@@ -39,7 +39,7 @@ def main(argv):
 
 if __name__ == "__main__":
     run_recipe(main)
-'''
+"""
 
 
 @pytest.fixture

@@ -63,8 +63,10 @@ def overtaken(folder: Path) -> tuple:
 
     writing.save_tensors = slow
     parts, optimizer, store, saved = make("fsdp2", folder, every_steps=4)
-    states = []
+    states, cursor = [], [0]
+    store.extra_state = lambda: {"cursor": cursor}
     for step in range(1, 7):
+        cursor[0] = step
         train_toy(optimizer, step, step)
         states.append(fingerprint(parts, optimizer))
         store.save_if_due(step)
@@ -75,7 +77,7 @@ def overtaken(folder: Path) -> tuple:
     report = saved[0]
     writing.save_tensors = before
     parts, optimizer, store, _ = make("fsdp2", folder, seed=9)
-    store.resume()
+    assert store.resume()["cursor"] == [4]
     return in_flight, fingerprint(parts, optimizer) == states[3], report.blocked_s < report.total_s, report.num_bytes > 0, len(saved)
 
 

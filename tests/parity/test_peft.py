@@ -205,7 +205,8 @@ def test_joined_layers_by_hand():
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "magnitudes"),
+        ({"lora_bias": True}, "lora_bias"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"bias": "all"}, "bias='all'"),
         ({"r": 7}, "its config says 7"),

@@ -134,6 +134,7 @@ def drive(recipe: str, folder: Path) -> None:
         assert main([*argv(folder / str(number)), *SHORT, *more]) == 0
     if recipe == "lora_finetune":  # a merged model is made of a base that has weights
         base = [f"model.path={make_model(folder / 'hf')}", "model.init=weights", "export.hf=true"]
+        base += ["quant.format=nf4", "quant.block_size=32"]
         assert main([*argv(folder / "merged"), *SHORT, *base]) == 0
     for name in SCHEDULES:
         build_schedule(ScheduleConfig(name, min_ratio=0.1, boundaries=[2], factors=[0.5]), 1.0, 10)(8)

@@ -141,3 +141,65 @@ def test_larger_rate_for_b(tmp_path: Path, base: Path) -> None:
     for name, tensor in plain.items():
         factor = 16 if "lora_B" in name else 1
         torch.testing.assert_close(plus[name], factor * tensor)
+
+
+KINDS = [
+    ["adapter.dora=true"],
+    ["adapter.init=pissa"],
+    ["adapter.init=olora", "adapter.dora=true"],
+    ["adapter.init=pissa", "precision.params=bf16"],
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="/".join)
+def test_other_adapters_resume_and_merge(tmp_path: Path, base: Path, kind: list[str]) -> None:
+    """DoRA and PiSSA: 4 steps and 2 more after a resume are 6, bit for bit; the adapter's files merged by hand, a step of the run
+    exported, and export.hf are one model, which differs from the base; a run from the files begins with its loss."""
+    steady = ["schedule.allow_change=true", "schedule.name=constant", "schedule.warmup_steps=0", *kind]
+    assert run(argv(tmp_path / "whole", base, "train.steps=6", "export.hf=true", *steady)) == 0
+    assert run(argv(tmp_path / "part", base, "train.steps=4", *steady)) == 0
+    assert run(argv(tmp_path / "part", base, "train.steps=6", *steady)) == 0
+    expected, got = adapter_of(tmp_path / "whole", 6), adapter_of(tmp_path / "part", 6)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    assert any("magnitude" in name for name in got) == ("adapter.dora=true" in kind)
+    saved = read_index(tmp_path / "part" / "checkpoints" / "step_00000006" / "model")
+    assert saved and all(".lora_" in name and ".lora_start_" not in name for name in saved)
+    assert main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "later")]) == 0
+    assert main(["merge", str(tmp_path / "whole" / "adapter" / "step_00000006"), "--out", str(tmp_path / "merged")]) == 0
+    spec, before = read_config(base)[0], open_weights(base, read_config(base)[0]).tensors
+    folders = [tmp_path / "whole" / "export" / "step_00000006", tmp_path / "later", tmp_path / "merged"]
+    first, *others = (open_weights(folder, spec).tensors for folder in folders)
+    for name in (name for name in first if name.endswith("_proj.weight")):
+        whole = first[name].read(())
+        assert (whole - before[name].read(())).norm() > 1e-3 * whole.norm()
+        assert all((whole - other[name].read(())).norm() <= 1e-5 * whole.norm() for other in others), name
+    options = [f"adapter.path={tmp_path / 'whole' / 'adapter' / 'step_00000006'}", "train.steps=1", "optim.lr=1e-9"]
+    assert run(argv(tmp_path / "again", base, *options, "schedule.warmup_steps=0")) == 0
+    assert rows(tmp_path / "again")[0]["loss"] < rows(tmp_path / "whole")[0]["loss"]
+
+
+def test_frozen_parameters_cost_their_weights_alone(tmp_path: Path, base: Path) -> None:
+    """Optimizer state and gradients are those of the closed form: two moments for r (in + out) numbers of each adapted layer."""
+    from tests.helpers.tiny import tiny_llama
+    from tests.parity.test_families import run as forward
+    from torchft.models.decoder import build_decoder
+    from torchft.models.init import init_weights
+    from torchft.peft.inits import init_adapters
+    from torchft.peft.lora import LoraConfig, apply_lora
+
+    spec, rank = tiny_llama(), 4
+    for cfg, more in ((LoraConfig(rank), 0), (LoraConfig(rank, dora=True), 1), (LoraConfig(rank, init="pissa"), 0)):
+        model = build_decoder(spec, device="cpu")
+        init_weights(model.named_parameters(), spec, 0)
+        apply_lora([model], cfg)
+        init_adapters([model], cfg, 0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        layers = [m for m in model.modules() if hasattr(m, "lora_a")]
+        expected = sum(rank * (m.in_features + m.out_features) + more * m.out_features for m in layers)
+        assert sum(p.numel() for p in trained) == expected and len(layers) == 7 * spec.num_layers
+        optimizer = torch.optim.AdamW(trained)
+        tokens = torch.randint(0, spec.vocab_size, (1, 8))
+        forward(model, tokens).sum().backward()
+        optimizer.step()
+        assert sum(p.grad.numel() for p in model.parameters() if p.grad is not None) == expected
+        assert sum(t.numel() for state in optimizer.state.values() for t in state.values() if t.ndim) == 2 * expected

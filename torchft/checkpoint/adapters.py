@@ -35,11 +35,13 @@ ORIGIN = "torchft_adapter.json"
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA by our names: `<module>.lora_a` (r, in), `<module>.lora_b` (out, r), and what each module's B A is multiplied by."""
+    """LoRA by our names: `<module>.lora_a` (r, in), `.lora_b` (out, r), DoRA's `.lora_magnitude` (out,), and what each module's B A is
+    multiplied by."""
 
     tensors: dict[str, LazyTensor]
     factors: dict[str, float]
     base: str | None = None  # SHA-256 of the base's weights, if the file says
+    quant: str | None = None  # how the base was quantised while the adapter trained, as JSON; None: it was not, or the file does not say
 
     def ranks(self) -> dict[str, int]:
         return {module: self.tensors[f"{module}.lora_a"].shape[0] for module in self.factors}
@@ -51,7 +53,12 @@ class Adapter:
             targets=list(self.factors),
             rank_pattern=dict(ranks),
             alpha_pattern={module: factor * ranks[module] for module, factor in self.factors.items()},
+            dora=self.dora,
         )
+
+    @property
+    def dora(self) -> bool:
+        return any(name.endswith(".lora_magnitude") for name in self.tensors)
 
 
 # ---- reading
@@ -69,16 +76,20 @@ def open_adapter(folder: Path, spec: ModelSpec) -> Adapter:
         match = KEY.fullmatch(key)
         if match is None:
             raise CheckpointError(f"{folder / WEIGHTS}: {key} is no LoRA weight of a linear layer\n  fix: {WITH_PEFT}")
-        halves.setdefault(match[1], {})[match[2]] = tensor
-    if incomplete := [module for module, pair in halves.items() if len(pair) < 2]:
-        raise CheckpointError(f"{folder / WEIGHTS} lacks A or B of {', '.join(incomplete[:4])}\n  fix: take the file again")
+        halves.setdefault(match[1], {})[match[2] or match[3]] = tensor
+    wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
+    if incomplete := [module for module, found in halves.items() if found.keys() != wanted]:
+        expected = "A, B and magnitudes (use_dora)" if "m" in wanted else "A and B"
+        raise CheckpointError(f"{folder / WEIGHTS} has not exactly {expected} of {', '.join(incomplete[:4])}\n  fix: take the file again")
     shapes = weight_shapes(spec)
     places = map_from_hf(FAMILIES[spec.family].KEYS, [f"{module}.weight" for module in halves], shapes, where=str(folder))
-    adapter = Adapter({}, {}, _origin(folder).get("base"))
+    adapter = Adapter({}, {}, _origin(folder).get("base"), _origin(folder).get("quant"))
     for ours, stored in places.stored.items():
         module, pair = ours.removesuffix(".weight"), halves[stored.name.removesuffix(".weight")]
         adapter.tensors[f"{module}.lora_a"] = pair["A"]
         adapter.tensors[f"{module}.lora_b"] = rows_of(pair["B"], stored, ours, shapes)
+        if "m" in pair:
+            adapter.tensors[f"{module}.lora_magnitude"] = rows_of(pair["m"], stored, ours, shapes)
         adapter.factors[module] = factor_in_files(config, stored.name.removesuffix(".weight"), pair["A"].shape[0], str(folder))
     _check_shapes(folder, adapter, shapes)
     return adapter
@@ -91,13 +102,14 @@ def load_adapter(folder: Path, spec: ModelSpec, parameters: Iterable[tuple[str, 
 
 
 def merged(tensors: Mapping[str, LazyTensor], adapter: Adapter, *, wide: bool = False) -> dict[str, LazyTensor]:
-    """The base's weights with W + factor * B A in the place of W, made when they are read, in fp32 at least, and rounded to the base's
-    dtype unless `wide`."""
+    """The base's weights with W + factor * B A in the place of W, under DoRA its rows of the trained lengths; made when they are read,
+    in fp32 at least, and rounded to the base's dtype unless `wide`."""
     out = dict(tensors)
     for module, factor in adapter.factors.items():
         name = f"{module}.weight"
         pair = (adapter.tensors[f"{module}.lora_a"], adapter.tensors[f"{module}.lora_b"])
-        read, dtype = _merged_read(tensors[name], *pair, factor), torch.promote_types(tensors[name].dtype, torch.float32)
+        length = adapter.tensors.get(f"{module}.lora_magnitude")
+        read, dtype = _merged_read(tensors[name], *pair, factor, length), torch.promote_types(tensors[name].dtype, torch.float32)
         out[name] = (
             replace(tensors[name], read=read, dtype=dtype) if wide else replace(tensors[name], read=_rounded(read, tensors[name].dtype))
         )
@@ -116,13 +128,16 @@ def merge_loss(tensors: Mapping[str, LazyTensor], adapter: Adapter, dtype: torch
     return sqrt(lost / change) if change else 0.0
 
 
-def _merged_read(base: LazyTensor, a: LazyTensor, b: LazyTensor, factor: float):
+def _merged_read(base: LazyTensor, a: LazyTensor, b: LazyTensor, factor: float, length: LazyTensor | None):
     def read(part: tuple[slice, ...]) -> Tensor:
         rows, columns = (*part, slice(None), slice(None))[:2]
-        weight = base.read(part)
+        weight = base.read((rows, slice(None)) if length else part)  # a row's norm is of the whole row
         wide = torch.promote_types(weight.dtype, torch.float32)
-        update = b.read((rows, slice(None))).to(wide) @ a.read((slice(None), columns)).to(wide)
-        return weight.to(wide) + factor * update
+        inputs = slice(None) if length else columns
+        weight = weight.to(wide) + factor * (b.read((rows, slice(None))).to(wide) @ a.read((slice(None), inputs)).to(wide))
+        if length is None:
+            return weight
+        return weight[:, columns] * (length.read((rows,)).to(wide) / weight.norm(dim=1))[:, None]
 
     return read
 
@@ -135,6 +150,10 @@ def _check_shapes(folder: Path, adapter: Adapter, shapes: Mapping[str, tuple[int
     for module in adapter.factors:
         out, in_ = shapes[f"{module}.weight"]
         a, b = adapter.tensors[f"{module}.lora_a"].shape, adapter.tensors[f"{module}.lora_b"].shape
+        length = adapter.tensors.get(f"{module}.lora_magnitude")
+        if length is not None and length.shape != (out,):
+            given = f"{folder}: {module} has magnitudes {list(length.shape)}"
+            raise CheckpointError(f"{given}\n  expected: [{out}]\n  fix: take an adapter of this base model")
         if len(a) != 2 or len(b) != 2 or a[1] != in_ or b[0] != out or a[0] != b[1]:
             given = f"{folder}: {module} has A {list(a)}, B {list(b)}"
             raise CheckpointError(f"{given}\n  expected: [r, {in_}] and [{out}, r]\n  fix: take an adapter of this base model")
@@ -158,8 +177,8 @@ def save_adapter(
 ) -> None:
     """Writes the adapter as PEFT does, whole or not at all, and reads it back. All ranks call it with what they hold; rank 0 writes.
 
-    base: {path, sha256} of the model it belongs to. trained: a step with a learning rate was taken, so an adapter that does nothing is
-    an error. Raises CheckpointError on every rank.
+    base: {path, sha256} of the model it belongs to, and {quant} if it was quantised. trained: a step with a learning rate was taken, so
+    an adapter that does nothing is an error. Raises CheckpointError on every rank.
     """
     held = {name: tensor for name, tensor in parameters if ".lora_" in name}
     items = list_items(held)
@@ -182,7 +201,8 @@ def _write(folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], cfg: LoraC
     try:
         write_durably(temporary / WEIGHTS, save({name: tensor.contiguous() for name, tensor in peft.items()}, metadata={"format": "pt"}))
         write_durably(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
-        write_durably(temporary / ORIGIN, json.dumps({"base": base["sha256"]}).encode() + b"\n")
+        origin = {"base": base["sha256"]} | ({"quant": base["quant"]} if "quant" in base else {})
+        write_durably(temporary / ORIGIN, json.dumps(origin).encode() + b"\n")
         for problem in _problems(temporary, spec, peft, trained):
             raise CheckpointError(f"the adapter that was written is not right: {problem}; it was removed")
         sync_folder(temporary)

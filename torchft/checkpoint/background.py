@@ -1,4 +1,4 @@
-"""A save beside the training: a thread that writes one capture over a process group of its own; and how often saving is worth it."""
+"""A save beside the training: a thread that writes one checkpoint; what a save took; how often saving is worth it."""
 
 import math
 import threading
@@ -11,8 +11,6 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from torchft.checkpoint.folder import CheckpointFolder
-from torchft.checkpoint.writing import Capture, write_checkpoint
 from torchft.dist import world_size
 
 TIMEOUT_S = 1800.0  # of a phase of a background save: the slowest rank's writing, which holds nobody up
@@ -37,18 +35,12 @@ class Saved:
 class Background:
     """Started at construction, on all ranks; `result` once it is not alive any more."""
 
-    def __init__(
-        self,
-        folder: CheckpointFolder,
-        capture: Capture,
-        group: ProcessGroup | None,
-        settle: Callable[[ProcessGroup | None], None],
-        start: float,
-    ):
-        """start: when training began to stand still, by time.monotonic."""
-        self.step, self.error, self.total_s = capture.step, None, 0.0
+    def __init__(self, step: int, work: Callable[[], int], start: float):
+        """work: writes the checkpoint; its bytes. start: when training began to stand still, by time.monotonic."""
+        self.step, self.total_s = step, 0.0
+        self.error: BaseException | None = None
         self._size, self._waited = 0, 0.0
-        self._thread = threading.Thread(target=self._run, args=(folder, capture, group, settle, start), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(work, start), name="checkpoint", daemon=True)
         self._blocked = time.monotonic() - start
         self._thread.start()
 
@@ -73,18 +65,9 @@ class Background:
             raise self.error
         return self._size
 
-    def _run(
-        self,
-        folder: CheckpointFolder,
-        capture: Capture,
-        group: ProcessGroup | None,
-        settle: Callable[[ProcessGroup | None], None],
-        start: float,
-    ) -> None:
-        self.error: BaseException | None
+    def _run(self, work: Callable[[], int], start: float) -> None:
         try:
-            self._size = write_checkpoint(folder, capture, group)
-            settle(group)
+            self._size = work()
         except BaseException as error:  # raised again by whoever asks for the result
             self.error = error
         self.total_s = time.monotonic() - start

@@ -62,6 +62,8 @@ def load_training(folder: Path, parts: HasParameters, optimizer: Optimizer, base
         rows = _model_differences(manifest, parts) + _optimizer_differences(manifest, saved, optimizer, tensors)
         hashes = [(origin or {}).get("sha256", "none") for origin in (state["base"], base)]
         rows += [("sha256 of the frozen base", *hashes)] if hashes[0] != hashes[1] else []
+        quants = [(origin or {}).get("quant", "none") for origin in (state["base"], base)]
+        rows += [("quant of the frozen base", *quants)] if quants[0] != quants[1] else []
         _raise_differences(folder, rows)
     except CheckpointError:
         states.forget(optimizer, fresh)

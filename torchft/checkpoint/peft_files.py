@@ -1,6 +1,6 @@
 """How PEFT writes a LoRA adapter down: the names of tensors, adapter_config.json, and layers that HF stores as one.
 
-    <module>.lora_a, <module>.lora_b <--> base_model.model.<HF module>.lora_A.weight, .lora_B.weight
+    <module>.lora_a, .lora_b, .lora_magnitude <--> base_model.model.<HF module>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector
 
 Where HF stores several of our layers joined (Phi-3's qkv_proj), so does the file: the As one below the other, the Bs as blocks of a
 diagonal, the rank their sum, the factor the same. PEFT's names exist only in this file (PEFT 0.21).
@@ -26,8 +26,8 @@ from torchft.peft.lora import LoraConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
-REFUSED = ("use_dora", "modules_to_save", "layer_replication", "lora_bias", "trainable_token_indices", "target_parameters")
+KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:([AB])\.weight|(m)agnitude_vector)")
+REFUSED = ("modules_to_save", "layer_replication", "lora_bias", "trainable_token_indices", "target_parameters")
 
 WITH_PEFT = "merge this adapter with peft first"
 
@@ -66,24 +66,25 @@ def _of_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def rows_of(b: LazyTensor, stored: Stored, ours: str, shapes: Mapping[str, tuple[int, ...]]) -> LazyTensor:
-    """B's rows of one of the layers that are stored joined."""
+    """The rows of B, or DoRA's magnitudes, of one of the layers that are stored joined."""
     if len(stored.members) == 1:
         return b
     rows = [shapes[member][0] for member in stored.members]
     if sum(rows) != b.shape[0]:
         return b  # of another shape, which the caller's check reports
     first = sum(rows[: stored.members.index(ours)])
-    held = (shapes[ours][0], b.shape[1])
+    held = (shapes[ours][0], *b.shape[1:])
 
     def read(part: tuple[slice, ...]) -> Tensor:
-        spans = [slice(*p.indices(size)) for p, size in zip((*part, slice(None), slice(None)), held, strict=False)]
-        return b.read((slice(spans[0].start + first, spans[0].stop + first), spans[1]))
+        row, *more = [slice(*p.indices(size)) for p, size in zip((*part, slice(None), slice(None)), held, strict=False)]
+        return b.read((slice(row.start + first, row.stop + first), *more))
 
     return LazyTensor(held, b.dtype, read)
 
 
 def to_peft(spec: ModelSpec, tensors: Mapping[str, Tensor], cfg: LoraConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Our tensors -> (PEFT's tensors, adapter_config.json)."""
+    """Our tensors -> (PEFT's tensors, adapter_config.json). Raises CheckpointError for DoRA on a part of what HF stores as one."""
+    tensors = plain_lora(tensors)
     rules, shapes, factors = FAMILIES[spec.family].KEYS, weight_shapes(spec), factors_of(cfg, tensors)
     stored = {s.name.removesuffix(".weight"): s for s in (stored_as(rules, f"{module}.weight") for module in factors)}
     out: dict[str, Tensor] = {}
@@ -92,9 +93,29 @@ def to_peft(spec: ModelSpec, tensors: Mapping[str, Tensor], cfg: LoraConfig) -> 
         members = [member.removesuffix(".weight") for member in s.members]
         a, b, factor = _joined(members, tensors, factors, shapes)
         out[f"{PREFIX}{place}.lora_A.weight"], out[f"{PREFIX}{place}.lora_B.weight"] = a, b
+        if cfg.dora:
+            out[f"{PREFIX}{place}.lora_magnitude_vector"] = _joined_magnitudes(place, members, tensors)
         ranks[place], alphas[place] = len(a), factor * (sqrt(len(a)) if cfg.rslora else len(a))
     turned = {s.transposed for s in stored.values()}
-    return out, _config(ranks, alphas, _targets(spec, ranks), rslora=cfg.rslora, transposed=turned == {True})
+    config = _config(ranks, alphas, _targets(spec, ranks), rslora=cfg.rslora, transposed=turned == {True})
+    return out, config | {"use_dora": cfg.dora}
+
+
+def plain_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter B A - B0 A0 of rank r as one of rank 2r: [B, -B0] [A; A0]; any other as it is."""
+    out = {name: tensor for name, tensor in tensors.items() if ".lora_start_" not in name}
+    for name, start in ((name, tensor) for name, tensor in tensors.items() if ".lora_start_" in name):
+        own = name.replace("lora_start_", "lora_")
+        out[own] = torch.cat([tensors[own], start]) if own.endswith("_a") else torch.cat([tensors[own], -start], dim=1)
+    return out
+
+
+def _joined_magnitudes(place: str, members: list[str], tensors: Mapping[str, Tensor]) -> Tensor:
+    names = [f"{member}.lora_magnitude" for member in members]
+    if missing := [name for name in names if name not in tensors]:
+        given = f"DoRA on a part of {place}, without {missing[0].removesuffix('.lora_magnitude')}"
+        raise CheckpointError(f"{given}\n  expected: all layers that HF stores as one, or none\n  fix: add it to adapter.targets, or merge")
+    return torch.cat([tensors[name] for name in names])
 
 
 def _joined(
@@ -137,7 +158,6 @@ def _config(ranks: Mapping[str, int], alphas: Mapping[str, float], targets: list
         "alpha_pattern": {place: _whole(a) for place, a in alphas.items() if not isclose(a, alpha, rel_tol=1e-12)},
         "target_modules": targets,
         "use_rslora": rslora,
-        "use_dora": False,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": transposed,

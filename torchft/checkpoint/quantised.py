@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchft.checkpoint.hf import LoadReport, Weights, copy_weights, weight_shapes, weights_of
+from torchft.checkpoint.hf import LoadReport, Weights, copy_weights, open_weights, weight_shapes, weights_of
+from torchft.checkpoint.new_rows import NewRows
 from torchft.checkpoint.tensor_files import LazyTensor, open_tensors
 from torchft.dist import agreed
 from torchft.errors import CheckpointError
-from torchft.models.build import FAMILIES
+from torchft.models.build import FAMILIES, read_config
+from torchft.models.decoder import build_decoder
 from torchft.models.keys import map_from_hf
 from torchft.models.spec import ModelSpec
 from torchft.quant.grouped import Grouped, GroupedLinear
 from torchft.quant.stored import PER_WORD, TENSORS, StoredFormat, stored_format, unpack_columns, unpack_rows
+from torchft.quant.swap import QuantConfig, apply_quant, quantised_modules, swap
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,51 @@ def load_packed(
 
     num_bytes = agreed(fill)
     return LoadReport(plain.num_tensors + len(layers), plain.num_bytes + num_bytes, plain.dtypes | {"int4": len(layers)})
+
+
+def open_base(
+    folder: Path | str, spec: ModelSpec, *, new_rows: NewRows | None = None, quant: QuantConfig | None = None
+) -> dict[str, LazyTensor]:
+    """A base's weights as a run with this `quant` computed with them: packed or quantised ones dequantised, when they are read."""
+    stored = stored_format(read_config(folder, packed=True)[1], where=str(folder))
+    if stored is not None:
+        weights, packed = open_packed(folder, spec, stored)
+        return weights.tensors | {name: _dequantised_packed(layer) for name, layer in packed.items()}
+    tensors = open_weights(folder, spec, new_rows=new_rows).tensors
+    return dequantised(tensors, spec, quant) if quant else tensors
+
+
+def dequantised(tensors: Mapping[str, LazyTensor], spec: ModelSpec, quant: QuantConfig) -> dict[str, LazyTensor]:
+    """A base's weights with the selected ones quantised and dequantised again, when they are read; a packed format changes nothing."""
+    if quant.format is None or quant.format in TENSORS:
+        return dict(tensors)
+    layers = build_decoder(spec)
+    apply_quant([layers], quant)
+    return dict(tensors) | {name: _dequantised(tensors[name], quant) for name in quantised_modules([layers])}
+
+
+def _dequantised(source: LazyTensor, quant: QuantConfig) -> LazyTensor:
+    def read(part: tuple[slice, ...]) -> Tensor:
+        layer = nn.Linear(source.shape[1], source.shape[0], bias=False, device="meta", dtype=source.dtype)
+        swap(layer, quant)
+        layer.to_empty(device="cpu")
+        layer.fill(lambda lo, hi: source.read((slice(lo, hi), slice(None))))
+        return layer.weight[part]
+
+    return LazyTensor(source.shape, source.dtype, read, by_parts=False)
+
+
+def _dequantised_packed(packed: PackedLayer) -> LazyTensor:
+    dtype = packed.tensors["scales"].dtype
+
+    def read(part: tuple[slice, ...]) -> Tensor:
+        layer = nn.Linear(packed.shape[1], packed.shape[0], bias=False, device="meta", dtype=dtype)
+        swap(layer, QuantConfig(format=packed.stored.method), packed.stored)
+        layer.to_empty(device="cpu")
+        layer.fill_grouped(packed.read())
+        return layer.weight[part]
+
+    return LazyTensor(packed.shape, dtype, read, by_parts=False)
 
 
 def _check(layer: PackedLayer, base: str, folder: Path) -> None:

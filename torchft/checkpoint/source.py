@@ -6,6 +6,7 @@ A training checkpoint holds what was trained; config, tokenizer and frozen weigh
 config.yaml. Nothing in a source is run.
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from torch import Tensor
 from torchft.checkpoint.adapters import Adapter, merged, open_adapter
 from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.gguf import GgufFile
-from torchft.checkpoint.hf import open_weights, weight_shapes
+from torchft.checkpoint.hf import weight_shapes
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST, TensorInfo, hash_weights, read_manifest, read_state, verify
 from torchft.checkpoint.new_rows import NewRows, cut
-from torchft.checkpoint.peft_files import factors_of
+from torchft.checkpoint.peft_files import factors_of, plain_lora
+from torchft.checkpoint.quantised import open_base
 from torchft.checkpoint.reader import load_tensors, read_index
 from torchft.checkpoint.tensor_files import LazyTensor
 from torchft.config.show import read_saved
@@ -32,7 +34,9 @@ from torchft.models.build import read_config
 from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.spec import ModelSpec
 from torchft.models.vocabulary import VocabConfig, resize_spec, without_padding
+from torchft.peft.inits import STARTS_AT_WEIGHTS, starting_factors
 from torchft.peft.lora import LoraConfig
+from torchft.quant.swap import QuantConfig
 from torchft.tokenizers.load import load_tokenizer
 from torchft.tokenizers.protocol import Tokenizer
 
@@ -46,8 +50,9 @@ class ModelSource:
     assets: Assets
 
 
-def open_source(path: Path, base: Path | None = None, tokenizer: Path | None = None) -> ModelSource:
-    """The model at `path`, whatever its kind. base: for a training checkpoint whose run names none here; tokenizer: take it from there.
+def open_source(path: Path, base: Path | None = None, tokenizer: Path | None = None, quant: QuantConfig | None = None) -> ModelSource:
+    """The model at `path`, whatever its kind. base: for a training checkpoint whose run names none here; tokenizer: take it from there;
+    quant: the values of a HF folder quantised so. A GPTQ or AWQ folder is dequantised.
 
     Raises TorchftError.
     """
@@ -58,8 +63,8 @@ def open_source(path: Path, base: Path | None = None, tokenizer: Path | None = N
         file = GgufFile(path)
         source = ModelSource(file.spec, file.weights().tensors, file.assets(tokenizer=tokenizer is None))
     else:
-        spec, _ = read_config(path)
-        source = ModelSource(spec, open_weights(path, spec).tensors, read_assets(path))
+        spec, _ = read_config(path, packed=True)
+        source = ModelSource(spec, open_base(path, spec, quant=quant), read_assets(path))
     if tokenizer is None:
         return source
     return replace(source, assets=replace(source.assets, files=read_assets(tokenizer).files))
@@ -78,7 +83,7 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
         origin = f"the run's {model['family']} model"
     else:
         base = base or recorded_base(path, recorded)
-        spec, origin = read_config(base)[0], str(base)
+        spec, origin = read_config(base, packed=True)[0], str(base)
     vocab = VocabConfig(**(model.get("vocab") or {}))
     new_rows, trained = NewRows(spec, int(config.get("seed") or 0), vocab.noise), resize_spec(spec, vocab)
     shapes, saved = weight_shapes(trained), read_index(path / "model")
@@ -89,9 +94,10 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
         raise CheckpointError(
             f"{path} lacks frozen weights, and {origin} is not the base it was trained on\n  fix: give the right one with --base"
         )
-    kept = open_weights(base, trained, new_rows=new_rows).tensors if frozen and base is not None else {}
+    quant = QuantConfig(**json.loads(recorded["quant"])) if recorded.get("quant") else None
+    kept = open_base(base, trained, new_rows=new_rows, quant=quant) if frozen and base is not None else {}
     held = {name: _trained(path / "model", name, saved[name]) if name in saved else kept[name] for name in shapes}
-    held = merged(held, adapter) if adapter else held
+    held = merged(held, _with_start(adapter, held, config)) if adapter else held
     spec = without_padding(trained)
     tensors = {name: cut(held[name], shape[0]) for name, shape in weight_shapes(spec).items()}
     return ModelSource(spec, tensors, _run_assets(config, base))
@@ -141,8 +147,24 @@ def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any]) -
     tensors = {name: _trained(path / "model", name, saved[name]) for name in names}
     if not start:
         return Adapter(tensors, factors_of(LoraConfig(**section), names))
-    base = read_config(recorded_base(path, {}))[0]
+    base = read_config(recorded_base(path, {}), packed=True)[0]
     return Adapter(tensors, open_adapter(Path(start), base).factors)
+
+
+def _with_start(adapter: Adapter, base: dict[str, LazyTensor], config: dict[str, Any]) -> Adapter:
+    """An adapter that began as a part of the base's weights, which is not in the checkpoint, with that part taken out again."""
+    section = config.get("adapter") or {}
+    if section.get("path") or section.get("init") not in STARTS_AT_WEIGHTS:
+        return adapter
+    tensors = dict(adapter.tensors)
+    for module, factor in adapter.factors.items():
+        names = f"{module}.lora_a", f"{module}.lora_b"
+        (rank, _), dtype = tensors[names[0]].shape, tensors[names[0]].dtype  # that of the run's weights and factors
+        pair = starting_factors(section["init"], base[f"{module}.weight"].read(()).to(dtype), rank, factor)
+        start = {f"{module}.lora_start_{half}": tensor.to(dtype) for half, tensor in zip("ab", pair)}
+        for name, tensor in plain_lora({name: tensors[name].read(()) for name in names} | start).items():
+            tensors[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.__getitem__)
+    return replace(adapter, tensors=tensors)
 
 
 def _check_fit(path: Path, origin: str, shapes: dict[str, tuple[int, ...]], saved: dict[str, TensorInfo]) -> None:

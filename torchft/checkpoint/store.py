@@ -7,6 +7,7 @@ A failed save is a loud warning, its files go, training goes on, and too many fa
 surfaces on all ranks at the next step. docs/checkpoints.md has the format and the guarantees.
 """
 
+import json
 import math
 import shutil
 import time
@@ -127,13 +128,13 @@ class Store:
             return final
         self._pace.begins(step, start)
         try:
-            capture, settle = agreed(lambda: self._capture(step)), partial(self._settle, step, self._noted)
+            capture = agreed(lambda: self._capture(step))
             if self._staging and not required:
-                self._pending = Background(self.folder, capture, self._group, settle, start)
+                work = partial(self._write, capture, self._noted, self._group)
+                self._pending = Background(step, work, start)
                 self._pace.ends(step)
                 return None
-            size = write_checkpoint(self.folder, capture)
-            settle()
+            size = self._write(capture, self._noted)
         except CheckpointError as error:
             took = time.monotonic() - start
             self._failed(Saved(step, final, took, took, problem=str(error)), required=required)
@@ -199,8 +200,7 @@ class Store:
 
     def _capture(self, step: int) -> Capture:
         """What this rank has to save; for a background save a copy of it."""
-        extra = self.extra_state()
-        encode_json(extra)  # what can't be written fails here, before anything is
+        extra = json.loads(encode_json(self.extra_state()))  # what can't be written fails here; nothing of it changes later
         optimizer = {} if self.cfg.model_only else states.optimizer_tensors(self.optimizer)
         tensors = {"model": states.model_tensors(self.parts), "optimizer": optimizer}
         own = {"trainable": states.names_hash(self.parts.trainable), "base": self.base, "model_only": self.cfg.model_only}
@@ -209,7 +209,13 @@ class Store:
         capture = Capture(step, tensors, description, {**extra, **own}, facts, self.cfg.check_finite)
         return self._staging.copy(capture) if self._staging else capture
 
-    def _settle(self, step: int, noted: tuple[int, float] | None, group: ProcessGroup | None = None) -> None:
+    def _write(self, capture: Capture, noted: tuple[int, float] | None, group: ProcessGroup | None = None) -> int:
+        """The checkpoint, its bytes; then what depends on it."""
+        size = write_checkpoint(self.folder, capture, group)
+        self._settle(capture.step, noted, group)
+        return size
+
+    def _settle(self, step: int, noted: tuple[int, float] | None, group: ProcessGroup | None) -> None:
         """latest, best, retention. The checkpoint is there already, so a failure here is a warning."""
         try:
             fire_together("save.after_rename", step, group)

@@ -1,4 +1,4 @@
-"""`torchft merge ADAPTER --base BASE --out DIR`: a base model with a LoRA adapter added into its weights, as a HF folder."""
+"""`torchft merge ADAPTER [ADAPTER ...] --out DIR`: a base model with LoRA adapters added into its weights, as a HF folder."""
 
 import argparse
 from pathlib import Path
@@ -9,12 +9,26 @@ MAX_LOSS = 0.5  # rounding errors over the adapter's changes: at 1 nothing of th
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="a folder with adapter_config.json: a run's adapter/step_N, or PEFT's")
+    parser.add_argument("adapter", type=Path, nargs="+", help="a folder with adapter_config.json: a run's adapter/step_N, or PEFT's")
+    parser.add_argument("--weights", type=numbers, help="of several adapters, what each is multiplied by: 0.7,0.3 (default: 1 each)")
     parser.add_argument("--base", type=Path, help="the HF folder the adapter was trained on (default: what adapter_config.json names)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the merged weights (default: the base's)")
+    parser.add_argument(
+        "--values",
+        choices=("original", "dequantised"),
+        help="of the base, for an adapter of a quantised one: as in its files, or as it was trained on (default)",
+    )
     parser.add_argument("--shard-size", type=shard_bytes, default="5GB", help="largest weights file, in MB or GB (default 5GB)")
     parser.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or where rounding loses it")
+
+
+def numbers(text: str) -> list[float]:
+    """0.7,0.3 -> [0.7, 0.3]."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"given {text!r}, expected numbers with commas between, such as 0.7,0.3") from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,10 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     from torchft.checkpoint.adapters import merge_loss, merged
     from torchft.dtypes import DTYPES
     from torchft.errors import ConfigError, Problem
-    from torchft.train.export import export_hf_folder, open_for_merge
+    from torchft.train.export import export_hf_folder, open_for_merge, quantisation_error
 
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    source, adapter = open_for_merge(arguments.adapter, arguments.base, force=arguments.force)
+    weights, values = arguments.weights, arguments.values
+    source, adapter = open_for_merge(arguments.adapter, arguments.base, weights=weights, force=arguments.force, values=values)
     loss = merge_loss(source.tensors, adapter, dtype)
     if loss > MAX_LOSS and not arguments.force:
         given = f"{arguments.dtype or 'that of the base'}, whose rounding errors are {loss:.0%} of the adapter's changes"
@@ -33,4 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     whole = type(source)(source.spec, merged(source.tensors, adapter, wide=dtype is not None), source.assets)
     export_hf_folder(whole, "", arguments.out, dtype=dtype, shard_bytes=arguments.shard_size)
     print(f"{arguments.out}: {len(adapter.factors)} layers merged; rounding errors are {loss:.1%} of the adapter's changes")
+    if adapter.quant and arguments.values == "original":
+        error = quantisation_error(source, adapter)
+        print(f"the base it was trained on was quantised: those values lie {error:.1f} times the adapter's changes from the original's")
     return 0

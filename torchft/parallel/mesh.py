@@ -8,7 +8,7 @@ go together in any combination; tests/dist holds each equal to one process (the 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -152,15 +152,20 @@ def build_mesh(degrees: dict[str, int], device: torch.device, *, mixed: bool = F
         fsdp = join_meshes([root["dp_replicate"], fsdp])
     mesh = Mesh(degrees, device, root, fsdp, flatten_mesh(root["dp_replicate", "dp_shard"], "dp"))
     if timeout_s is not None:
-        limit_time(mesh, timeout_s)
+        limit_time(all_groups(mesh), timeout_s)
     return mesh
 
 
-def limit_time(mesh: Mesh, timeout_s: float) -> None:
-    """How long a collective of any axis, or of the default group, may take from here on."""
+def all_groups(mesh: Mesh) -> list[Group]:
+    """The default group and those of every axis."""
     root = mesh.device_mesh
     if root is None:
-        return
-    set_timeout(torch.distributed.group.WORLD, timeout_s)
-    for part in (*(root[axis] for axis in AXES), flatten_mesh(root["dp_shard", "cp"], "fsdp"), mesh.dp):
-        set_timeout(part.get_group(), timeout_s)
+        return []
+    parts = (*(root[axis] for axis in AXES), flatten_mesh(root["dp_shard", "cp"], "fsdp"), mesh.dp)
+    return [torch.distributed.group.WORLD, *(part.get_group() for part in parts)]
+
+
+def limit_time(groups: Iterable[Group], timeout_s: float) -> None:
+    """How long a collective of these groups may take from here on."""
+    for group in groups:
+        set_timeout(group, timeout_s)

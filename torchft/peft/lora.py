@@ -8,15 +8,17 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.init import fill_blocks
 from torchft.models.select import matches, select_modules
+from torchft.peft.dora import DoraMixin
+from torchft.peft.linear import LoraMixin
 
 
 @dataclass
@@ -25,6 +27,8 @@ class LoraConfig:
 
     rank: int = 8  # width of the adapter
     alpha: float = 16.0  # the adapter is multiplied by alpha / rank
+    dora: bool = False  # train each output's length apart from its direction (DoRA, see peft/dora.py)
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"  # first values of A and B (peft/inits.py)
     rslora: bool = False  # multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023): large ranks learn as fast as small ones
     targets: list[str] = field(default_factory=lambda: ["*_proj"])  # globs of modules, by their last or their whole name
     exclude: list[str] = field(default_factory=list)  # globs of modules to leave out
@@ -36,9 +40,16 @@ class LoraConfig:
         for key, rank in {"rank": self.rank, **{f"rank_pattern.{name}": rank for name, rank in self.rank_pattern.items()}}.items():
             if rank < 1:
                 yield Problem(f"adapter.{key}", str(rank), "a whole number >= 1", "use 8 or 16")
+            elif rank % 2 and self.init == "orthogonal":
+                yield Problem(f"adapter.{key}", str(rank), "an even number with adapter.init=orthogonal", "use 8 or 16")
         for key, alpha in {"alpha": self.alpha, **{f"alpha_pattern.{name}": a for name, a in self.alpha_pattern.items()}}.items():
             if not alpha > 0:
                 yield Problem(f"adapter.{key}", str(alpha), "a number > 0", "use 2 x adapter.rank")
+
+    @property
+    def starts_at_weights(self) -> bool:
+        """True if A and B begin as a part of the base's weights."""
+        return self.init in ("pissa", "olora")
 
     def rank_of(self, name: str) -> int:
         """The rank of a module's adapter."""
@@ -49,16 +60,6 @@ class LoraConfig:
         rank = self.rank_of(name)
         alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if matches(name, [pattern])), self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-
-class LoraMixin:
-    """Goes before a linear class in the swapped class."""
-
-    TP_DIMS = {"lora_a": (None, 1), "lora_b": (0, None)}
-    lora_factor: float
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.lora_factor * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
 def apply_lora(modules: Sequence[nn.Module], cfg: LoraConfig) -> None:
@@ -73,10 +74,14 @@ def apply_lora(modules: Sequence[nn.Module], cfg: LoraConfig) -> None:
     for name, module in ((name, module) for root in modules for name, module in root.named_modules() if name in chosen):
         options = {"device": module.weight.device, "dtype": module.weight.dtype}
         rank = cfg.rank_of(name)
-        module.__class__ = lora_class_of(type(module))
+        module.__class__ = lora_class_of(type(module), DoraMixin if cfg.dora else LoraMixin)
         module.lora_factor = cfg.factor_of(name)
-        module.lora_a = nn.Parameter(torch.empty(rank, module.in_features, **options))
-        module.lora_b = nn.Parameter(torch.empty(module.out_features, rank, **options))
+        for part, trained in (("", True), ("start_", False))[: 2 if cfg.starts_at_weights else 1]:
+            a, b = torch.empty(rank, module.in_features, **options), torch.empty(module.out_features, rank, **options)
+            module.register_parameter(f"lora_{part}a", nn.Parameter(a, requires_grad=trained))
+            module.register_parameter(f"lora_{part}b", nn.Parameter(b, requires_grad=trained))
+        if cfg.dora:
+            module.lora_magnitude = nn.Parameter(torch.empty(module.out_features, **options))
 
 
 def adapted(whole: Sequence[nn.Module], cfg: LoraConfig) -> list[str]:
@@ -99,9 +104,18 @@ def adapted(whole: Sequence[nn.Module], cfg: LoraConfig) -> list[str]:
 
 
 @cache
-def lora_class_of(base: type[nn.Module]) -> type[nn.Module]:
+def lora_class_of(base: type[nn.Module], mixin: type = LoraMixin) -> type[nn.Module]:
     """The class that a module of class `base` is swapped to."""
-    return type(f"Lora{base.__name__}", (LoraMixin, base), {})
+    return type(f"{mixin.__name__.removesuffix('Mixin')}{base.__name__}", (mixin, base), {"lora_base": base})
+
+
+def remove_lora(root: nn.Module) -> None:
+    """Takes all adapters off a model that is not sharded: its linear layers are what they were."""
+    for module in root.modules():
+        if isinstance(module, LoraMixin):
+            for name in [name for name, _ in module.named_parameters(recurse=False) if name.startswith("lora_")]:
+                delattr(module, name)
+            module.__class__ = module.lora_base
 
 
 def init_lora(named_parameters: Iterable[tuple[str, Tensor]], seed: int) -> None:

@@ -39,7 +39,7 @@ class GroupedLinear(QuantLinear):
         self.pack("zeros", (self.out_features, num_groups), torch.uint8)
         self.pack("groups", (self.in_features,), torch.int32)
 
-    def dequantise(self, dtype: torch.dtype):
+    def dequantise(self, dtype: torch.dtype, start: tuple[int, int] | None = None):
         return partial(dequantise, dtype=dtype)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ class Int8Linear(QuantLinear):
         self.pack("codes", (self.out_features, self.in_features), torch.int8)
         self.pack("absmax", (self.out_features, 1), torch.int32)
 
-    def dequantise(self, dtype: torch.dtype):
+    def dequantise(self, dtype: torch.dtype, start: tuple[int, int] | None = None):
         return partial(dequantise, dtype=dtype)
 
     @torch.no_grad()

@@ -42,8 +42,14 @@ class QuantLinear(nn.Linear):
         """The dense weight, dequantised at each call: (out, in) in `weight_dtype`, a DTensor if the codes are."""
         return _dense(self.dequantise(self.weight_dtype), self._packed())
 
-    def dequantise(self, dtype: torch.dtype) -> Callable[..., Tensor]:
-        """The function from local packed tensors to the local dense weight."""
+    def whole_weight(self) -> Tensor:
+        """The whole dense weight on every rank, whatever its sharding: (out, in) in `weight_dtype`. A collective of the layer's mesh."""
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in self._packed()]
+        return self.dequantise(self.weight_dtype, start=(0, 0))(*whole)
+
+    def dequantise(self, dtype: torch.dtype, start: tuple[int, int] | None = None) -> Callable[..., Tensor]:
+        """The function from local packed tensors to the local dense weight. start: where the local scales begin in the whole; None: as
+        the packed parameters are sharded now."""
         raise AssertionError(f"{type(self).__name__} is no format")
 
     def fill(self, read: RowReader) -> None:

@@ -41,8 +41,8 @@ class Nf4Linear(QuantLinear):
         if double:  # the mean of absmax stands last
             self.pack("scales", (-(-self.out_features * blocks // GROUP) + 1,), torch.int32)
 
-    def dequantise(self, dtype: torch.dtype):
-        start = first_index(self.absmax) if self.double else None
+    def dequantise(self, dtype: torch.dtype, start: tuple[int, int] | None = None):
+        start = start or first_index(self.absmax)
         return partial(dequantise, block_size=self.block_size, num_blocks=self.in_features // self.block_size, start=start, dtype=dtype)
 
     @torch.no_grad()
@@ -85,12 +85,12 @@ def dequantise(
     *,
     block_size: int,
     num_blocks: int,
-    start: tuple[int, int] | None,
+    start: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
     """Packed (rows, columns / 2) -> (rows, columns) in `dtype`; every product is fp32, rounded once.
 
-    num_blocks: of a row of the whole tensor. start: where absmax[0, 0] stands in the whole, for the second level; None: there is none.
+    num_blocks: of a row of the whole tensor. start: where absmax[0, 0] stands in the whole, for the second level.
     """
     wide = float_of(absmax) if scales is None else _first_level(absmax, float_of(scales), num_blocks, start)
     rows, columns = codes.shape[0], 2 * codes.shape[1]

@@ -19,7 +19,8 @@ from torchft.models.decoder import build_decoder
 from torchft.models.spec import ModelSpec
 from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
-from torchft.peft.lora import LoraConfig, adapted, init_lora
+from torchft.peft.inits import init_adapters
+from torchft.peft.lora import LoraConfig, adapted
 from torchft.train.freeze import check_first_stage
 
 log = get_logger(__name__)
@@ -48,7 +49,9 @@ def lora_of(cfg: AdapterConfig, spec: ModelSpec) -> LoraConfig:
 
 def adapter_names(cfg: AdapterConfig, spec: ModelSpec) -> set[str]:
     """The adapter's parameters in the whole model. Raises ConfigError for a target that does not exist."""
-    return {f"{module}.lora_{half}" for module in adapted([build_decoder(spec)], lora_of(cfg, spec)) for half in "ab"}
+    lora = lora_of(cfg, spec)
+    parts = ("a", "b", "magnitude") if lora.dora else ("a", "b")
+    return {f"{module}.lora_{part}" for module in adapted([build_decoder(spec)], lora) for part in parts}
 
 
 def init_adapter(cfg: AdapterConfig, spec: ModelSpec, parts: Parts, seed: int) -> None:
@@ -58,7 +61,7 @@ def init_adapter(cfg: AdapterConfig, spec: ModelSpec, parts: Parts, seed: int) -
         load_adapter(Path(cfg.path), spec, named)
         log.info("adapter of %s", cfg.path)
     else:
-        init_lora(named, seed)
+        init_adapters(parts.modules, cfg, seed)
 
 
 def export_adapter(cfg, spec: ModelSpec, parts: Parts, folder: Path, base: dict[str, str] | None, *, trained: bool) -> None:

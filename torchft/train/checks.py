@@ -12,6 +12,7 @@ from torchft.optim.build import check_rules
 from torchft.parallel.mesh import Mesh, check_degrees
 from torchft.train.adapter import adapter_names, check_adapter
 from torchft.train.freeze import check_freeze, trained_names
+from torchft.train.quantised import check_quant
 
 log = get_logger(__name__)
 
@@ -42,6 +43,7 @@ def _check_options(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     adapter = getattr(cfg, "adapter", None)  # of recipes that have one
     frozen = list(check_adapter(cfg, spec, mesh) if adapter else check_freeze(cfg, spec, mesh))
     yield from frozen
+    yield from check_quant(cfg, spec)
     if not frozen:
         trained = adapter_names(adapter, spec) if adapter else trained_names(spec, cfg.model.train, cfg.model.freeze)
         yield from check_rules(trained, cfg.optim)

@@ -3,15 +3,20 @@
 RUN --step latest|best|N--> checkpoint, verified --> ModelSource --> OUT/: safetensors, tokenizer, README.md | NAME-q8_0.gguf, Modelfile
 """
 
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
+from math import sqrt
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from torchft.checkpoint.adapters import Adapter, open_adapter
+from torchft.checkpoint.adapter_sets import combine
+from torchft.checkpoint.adapters import Adapter, merged, open_adapter
 from torchft.checkpoint.folder import step_of
 from torchft.checkpoint.gguf_out import Kind, write_gguf
 from torchft.checkpoint.hf import save_hf
@@ -19,11 +24,13 @@ from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.listing import checkpoint_at
 from torchft.checkpoint.manifest import MANIFEST, hash_weights, sync_folder
 from torchft.checkpoint.peft_files import CONFIG
+from torchft.checkpoint.quantised import dequantised
 from torchft.checkpoint.source import ModelSource, open_source
 from torchft.data.ollama import modelfile
 from torchft.data.templates import build_template
 from torchft.errors import CheckpointError, DataError
 from torchft.models.hf_config import read_json
+from torchft.quant.swap import QuantConfig
 from torchft.tokenizers.load import tokenizer_of
 from torchft.train.card import model_card
 from torchft.train.record import read_run
@@ -38,21 +45,54 @@ def open_export(path: Path, step: str, *, base: Path | None = None, files: str =
     return source, model_card(read_run(run), step_of(checkpoint), files=files) if card else ""
 
 
-def open_for_merge(folder: Path, base: Path | None, *, force: bool = False) -> tuple[ModelSource, Adapter]:
-    """A base model (null: the one the adapter names) and an adapter of it, nothing read yet. Raises CheckpointError for another base
-    than the adapter was trained on, as far as the adapter says; `force` takes it all the same."""
+def open_for_merge(
+    folders: Sequence[Path],
+    base: Path | None,
+    *,
+    weights: Sequence[float] | None = None,
+    force: bool = False,
+    values: Literal["original", "dequantised"] | None = None,
+) -> tuple[ModelSource, Adapter]:
+    """A base model (null: the one the first adapter names) and its adapter, or the weighted sum of several, nothing of the base read yet.
+
+    Raises CheckpointError for another base than an adapter was trained on, as far as it says; `force` takes it all the same. values: of
+    the base of an adapter that was trained on a quantised one: as in its files, or dequantised, which is what the adapter saw (None: that).
+    """
+    first = folders[0]
     if base is None:
-        named = read_json(folder / CONFIG).get("base_model_name_or_path") if (folder / CONFIG).is_file() else None
+        named = read_json(first / CONFIG).get("base_model_name_or_path") if (first / CONFIG).is_file() else None
         if not named:
-            raise CheckpointError(f"{folder} names no base model\n  expected: a folder with {CONFIG}\n  fix: --base HF_FOLDER")
+            raise CheckpointError(f"{first} names no base model\n  expected: a folder with {CONFIG}\n  fix: --base HF_FOLDER")
         base = local_folder(named)
     source = open_source(base)
-    adapter = open_adapter(folder, source.spec)
-    if adapter.base and not force and base.is_dir() and hash_weights(base) != adapter.base:
-        raise CheckpointError(
-            f"{folder} was trained on another base than {base}: their weights differ\n  fix: give its own base, or --force"
-        )
+    adapters = [open_adapter(folder, source.spec) for folder in folders]
+    known = any(adapter.base for adapter in adapters) and not force and base.is_dir()
+    held = hash_weights(base) if known else None
+    for folder, adapter in zip(folders, adapters):
+        if held and adapter.base and held != adapter.base:
+            raise CheckpointError(
+                f"{folder} was trained on another base than {base}: their weights differ\n  fix: give its own base, or --force"
+            )
+    one = len(adapters) == 1 and weights is None
+    adapter = adapters[0] if one else combine(adapters, [1.0] * len(adapters) if weights is None else weights)
+    if values == "dequantised" and not adapter.quant:
+        raise CheckpointError(f"{first} does not say that its base was quantised\n  fix: merge with --values original")
+    if adapter.quant and values != "original":
+        source = open_source(base, quant=QuantConfig(**json.loads(adapter.quant)))
     return source, adapter
+
+
+def quantisation_error(source: ModelSource, adapter: Adapter) -> float:
+    """How far the base that the adapter saw lies from the original `source`: the norm of the differences over that of the adapter's
+    changes."""
+    seen = dequantised(source.tensors, source.spec, QuantConfig(**json.loads(adapter.quant or "{}")))
+    changed = merged(source.tensors, adapter, wide=True)
+    lost = change = 0.0
+    for name in (f"{module}.weight" for module in adapter.factors):
+        before = source.tensors[name].read(()).double()
+        lost += (seen[name].read(()) - before).square().sum().item()
+        change += (changed[name].read(()) - before).square().sum().item()
+    return sqrt(lost / change) if change else 0.0
 
 
 def export_hf_folder(source: ModelSource, card: str, out: Path, *, dtype: torch.dtype | None, shard_bytes: int) -> None:

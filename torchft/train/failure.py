@@ -33,6 +33,8 @@ MEANINGS = {
     130: "interrupted, not saved",
 }
 MARKER = "exit.json"
+WAITING = "waiting for other ranks"
+SHOWN = 8  # ranks in a message
 GLOO = ("gloo/transport", "Application timeout caused pair closure", "Connection closed by peer")  # a plain RuntimeError's text
 
 
@@ -45,7 +47,7 @@ def explain(error: BaseException, place: str, cfg, sizes: dict[str, float]) -> B
         error = OutOfMemory(f"out of memory at {place}\n{memory_advice(cfg, sizes, str(error))}")
     lost = is_lost_connection(error)
     if world_size() > 1:
-        _note(f"{place}: {'waiting for other ranks' if lost else _line(error)}")
+        _note(f"{place}: {WAITING if lost else _line(error)}")
         if lost:
             return RankLost(_lost_text(place, error))
     return error
@@ -86,11 +88,13 @@ def _note(text: str) -> None:
 def _lost_text(place: str, error: BaseException) -> str:
     notes = _notes()
     silent = [number for number, note in enumerate(notes) if note is None]
-    told = [f"rank {number}: {note}" for number, note in enumerate(notes) if note is not None]
+    told = [(WAITING in note, f"rank {number}: {note}") for number, note in enumerate(notes) if note is not None]
+    shown = [text for _, text in sorted(told)[:SHOWN]]  # those with an error of their own first
+    shown += [f"and {len(told) - SHOWN} ranks more"] if len(told) > SHOWN else []
     who = f"rank {', '.join(map(str, silent))} says nothing: it hangs or was killed" if silent else "every rank could still tell"
     return (
         f"a collective failed at {place}: {who}\n  given:    {_line(error)[:300]}\n            "
-        + "\n            ".join(told)
+        + "\n            ".join(shown)
         + "\n  expected: all ranks in every collective, within parallel.timeout_s (parallel.step_timeout_s in a step after the first)\n"
         "  fix:      see logs/rank_N.stack of a rank that hung, and its host's own log; the same command goes on from the last checkpoint"
     )

@@ -19,6 +19,7 @@ from torchft.models.decoder import build_decoder
 from torchft.models.spec import ModelSpec
 from torchft.parallel.mesh import Mesh
 from torchft.parallel.pp import stage_ranges
+from torchft.train.quantised import describe_quant
 
 
 def check_freeze(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
@@ -86,7 +87,7 @@ def base_of(cfg) -> dict[str, str] | None:
         return None
     if cfg.model.init == "random":
         return {"path": "random weights", "sha256": hashlib.sha256(f"seed {cfg.seed}".encode()).hexdigest()}
-    return {"path": str(cfg.model.path), "sha256": on_rank_0(lambda: hash_weights(Path(cfg.model.path)))}
+    return {"path": str(cfg.model.path), "sha256": on_rank_0(lambda: hash_weights(Path(cfg.model.path)))} | describe_quant(cfg)
 
 
 def _selects(entry: str, name: str, num_layers: int) -> bool:

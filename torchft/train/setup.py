@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torchft.checkpoint.hf import load_hf
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.new_rows import NewRows
@@ -48,6 +47,7 @@ from torchft.train.data import (
 from torchft.train.early_stop import EarlyStop, EarlyStopConfig
 from torchft.train.freeze import apply_freeze, base_of
 from torchft.train.job import Job
+from torchft.train.quantised import has_quant, load_base, narrow_frozen, quantise
 from torchft.train.run import Run
 from torchft.train.scaler import LossScaler
 from torchft.train.spikes import SpikeConfig, Spikes
@@ -136,7 +136,7 @@ def build_job(cfg, run: Run) -> Job:
     """cfg: a recipe's config. Raises ConfigError, DataError or CheckpointError; a rank that fails alone is ended by the launcher."""
     mesh, world = run.mesh, run.world
     use_local_copies(cfg)
-    spec = resize_spec(read_spec(cfg.model), cfg.model.vocab)
+    spec = resize_spec(read_spec(cfg.model, packed=has_quant(cfg)), cfg.model.vocab)
     _raise_if_any(check_job(cfg, spec, mesh))
     text = build_text(cfg.tokenizer, cfg.model.path)
     _raise_if_any(itertools.chain(check_vocabulary(spec, text, cfg.tokenizer), check_prompts(cfg.validate.prompts, spec, text)))
@@ -196,9 +196,9 @@ def build_job(cfg, run: Run) -> Job:
     )
 
 
-def read_spec(cfg: ModelConfig) -> ModelSpec:
-    """The model as model.path or model.family has it."""
-    return read_config(cfg.path)[0] if cfg.path else custom_spec(cfg.family or "", cfg.size, cfg.spec)
+def read_spec(cfg: ModelConfig, *, packed: bool = False) -> ModelSpec:
+    """The model as model.path or model.family has it. packed: it may be a GPTQ or AWQ folder."""
+    return read_config(cfg.path, packed=packed)[0] if cfg.path else custom_spec(cfg.family or "", cfg.size, cfg.spec)
 
 
 def _resume(cfg, spec: ModelSpec, store: Store) -> dict[str, Any] | None:
@@ -254,8 +254,10 @@ def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     core = choose_core(cfg.model.attention, spec.attention)
     log.info("attention: %s", core)
     modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core)
+    quantise(cfg, spec, modules)
     if adapter := getattr(cfg, "adapter", None):
         apply_lora(modules, lora_of(adapter, spec))
+        narrow_frozen(modules, cfg.precision)
     else:
         apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
     parts = parallelize(modules, mesh, cfg.parallel, precision=cfg.precision, memory=cfg.memory, compile=cfg.compile)
@@ -273,7 +275,8 @@ def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:
         init_weights(named, spec, cfg.seed)
         log.info("random weights from seed %d", cfg.seed)
     else:
-        report = load_hf(cfg.model.path, spec, named, new_rows=NewRows(read_spec(cfg.model), cfg.seed, cfg.model.vocab.noise))
+        new_rows = NewRows(read_spec(cfg.model, packed=has_quant(cfg)), cfg.seed, cfg.model.vocab.noise)
+        report = load_base(cfg, spec, parts, named, new_rows)
         log.info("weights of %s: %d tensors, %.2f GiB on this rank", cfg.model.path, report.num_tensors, report.num_bytes / 2**30)
     if adapter := getattr(cfg, "adapter", None):
         init_adapter(adapter, spec, parts, cfg.seed)

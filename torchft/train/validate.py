@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from torchft.checkpoint.hf import open_weights
+from torchft.checkpoint.quantised import open_base
 from torchft.config.load import load_config
 from torchft.data.prompts import read_prompts
 from torchft.data.sources import SourceConfig, first_records
@@ -28,6 +29,7 @@ from torchft.optim.schedules import build_schedule
 from torchft.parallel.mesh import Mesh, resolve_degrees
 from torchft.train.checks import check_job
 from torchft.train.data import Text, TokenizerConfig, build_text, check_vocabulary, encode_for
+from torchft.train.quantised import has_quant
 from torchft.train.setup import read_spec, use_local_copies
 
 T = TypeVar("T")
@@ -75,14 +77,14 @@ def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     found.attempt(lambda: use_local_copies(cfg))
     if len(found.problems) > before:
         return
-    base = found.attempt(lambda: read_spec(model))
+    base = found.attempt(lambda: read_spec(model, packed=has_quant(cfg)))
     spec = None if base is None else found.attempt(lambda: resize_spec(base, model.vocab))
     degrees = found.attempt(lambda: resolve_degrees(cfg.parallel, num_processes))
     if spec is not None and degrees is not None:
         here = "cuda" if torch.cuda.is_available() else "cpu"
         found.add(check_job(cfg, spec, Mesh(degrees, torch.device(here if cfg.device == "auto" else cfg.device))))
     if spec is not None and model.init == "weights" and not cfg.checkpoint.load:
-        found.attempt(lambda: open_weights(model.path, base))
+        found.attempt(lambda: open_base(model.path, base) if has_quant(cfg) else open_weights(model.path, base))
     if cfg.train.steps is not None:
         found.attempt(lambda: build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps))
     found.add(_check_output(Path(cfg.output_dir)))

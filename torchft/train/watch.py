@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from torchft.dist import gather_objects, rank, world_size
-from torchft.parallel.mesh import Mesh, limit_time
+from torchft.parallel.mesh import Mesh, all_groups, limit_time
 
 SLOW = 1.5  # times the median: slower than that is named
 LEAST_SHARE = 0.05  # of a step: less lost time than that is not worth a warning
@@ -45,6 +45,7 @@ class Watch:
         self._step_s: list[float] = []
         self._first, self._file = True, None
         self._active = world_size() > 1
+        self._groups = [group for group in all_groups(mesh) if group.size() > 1] if self._active else []
 
     def before_step(self) -> None:
         """A step begins."""
@@ -52,7 +53,7 @@ class Watch:
             return
         limit = self.timeout_s if self._first else self.step_timeout_s
         if not self._first:
-            limit_time(self.mesh, limit)
+            limit_time(self._groups, limit)
         if self._file is None:
             self._file = self.path.open("w", encoding="utf-8")
         faulthandler.dump_traceback_later(0.8 * limit, file=self._file)
@@ -63,7 +64,7 @@ class Watch:
             return []
         faulthandler.cancel_dump_traceback_later()
         if not self._first:
-            limit_time(self.mesh, self.timeout_s)
+            limit_time(self._groups, self.timeout_s)
             self._alone.append(alone_s)
             self._step_s.append(step_s)
         self._first = False

@@ -1,0 +1,53 @@
+"""The linear layer with a LoRA adapter beside it: y = W x + s B A x.
+
+It asks the base for its product and nothing else, so the base may be of any class, quantised too. Under `adapters_off` it is the base:
+the reference model of preference training, with no second copy of the weights.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoraMixin:
+    """Goes before a linear class in the swapped class.
+
+    With `lora_start_a`, `lora_start_b` (frozen) the adapter is B A - B0 A0: it does nothing at the start although B is not zero, and the
+    base keeps its weights, quantised or not.
+    """
+
+    TP_DIMS = {name: dims for part in ("", "start_") for name, dims in ((f"lora_{part}a", (None, 1)), (f"lora_{part}b", (0, None)))}
+    lora_factor: float
+    lora_on = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.update(x) if self.lora_on else y
+
+    def update(self, x: Tensor) -> Tensor:
+        """What the adapter adds: (..., in) -> (..., out)."""
+        y = F.linear(F.linear(x, self.lora_a), self.lora_b)
+        if self.starts_at_weights:
+            y = y - F.linear(F.linear(x, self.lora_start_a), self.lora_start_b)
+        return self.lora_factor * y
+
+    @property
+    def starts_at_weights(self) -> bool:
+        """True if B A began as a part of the base's weights."""
+        return hasattr(self, "lora_start_a")
+
+
+@contextmanager
+def adapters_off(roots: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the models (or stages) are their bases."""
+    adapted = [module for root in roots for module in root.modules() if isinstance(module, LoraMixin)]
+    before = [module.lora_on for module in adapted]
+    try:
+        for module in adapted:
+            module.lora_on = False
+        yield
+    finally:
+        for module, on in zip(adapted, before, strict=True):
+            module.lora_on = on
