@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.recipe import CONFIG, ROOT
 from torchft.cli.main import main
 from torchft.errors import ConfigError
-from torchft.train.chaos import KINDS, Fault, parse_fault, random_faults
+from torchft.train.chaos_faults import KINDS, Fault, parse_fault, random_faults
 
 
 def chaos(out: Path, *words: str) -> int:

@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     from torchft.config.compare import config_path
     from torchft.config.shipped import Shipped, find_shipped, recipe_of
     from torchft.errors import ConfigError, Problem
-    from torchft.train.chaos import as_dict, as_text, parse_fault, run_chaos
+    from torchft.train.chaos import as_dict, as_text, run_chaos
+    from torchft.train.chaos_faults import parse_fault
 
     a = arguments
     if not a.fault and a.random < 1:
