@@ -76,25 +76,15 @@ def make_rows(path: Path, rows: int, *, chats: bool, seed: int = 0) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def median_rate(run: Callable[[], int], repeats: int) -> float:
-    """Tokens a second."""
-    rates = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        tokens = run()
-        rates.append(tokens / (time.perf_counter() - start))
-    return statistics.median(rates)
-
-
-def bare_rate(folder: Path, texts: list[str], repeats: int) -> float:
+def bare_run(folder: Path, texts: list[str]) -> Callable[[], int]:
     """The bare tokenizer, on all its threads."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return median_rate(lambda: sum(len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)), repeats)
+    return lambda: sum(len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False))
 
 
-def our_rate(source: SourceConfig | TextConfig, text: Text, repeats: int) -> float:
+def our_run(source: SourceConfig | TextConfig, text: Text) -> Callable[[], int]:
     """Records on disk -> cache on disk."""
 
     def run() -> int:
@@ -102,16 +92,27 @@ def our_rate(source: SourceConfig | TextConfig, text: Text, repeats: int) -> flo
             cfg = TextDataConfig(cache=folder) if text.template is None else DataConfig(cache=folder, seq_len=4096)
             return build_source(source, text, cfg, WORLD).counts.tokens
 
-    return median_rate(run, repeats)
+    return run
+
+
+def compare(name: str, bare: Callable[[], int], ours: Callable[[], int], repeats: int) -> float:
+    """Prints the bare tokenizer's speed and ours, medians; ours. They take turns, so that a noisy moment meets both."""
+    rates: dict[Callable[[], int], list[float]] = {bare: [], ours: []}
+    for run in (bare, ours) * repeats:
+        start = time.perf_counter()
+        tokens = run()
+        rates[run].append(tokens / (time.perf_counter() - start))
+    first, second = map(statistics.median, rates.values())
+    print(f"{name}: bare tokenizer {first:,.0f} tokens/s, cache {second:,.0f} tokens/s, {second / first:.0%}")
+    return second
 
 
 def measure_text(args: argparse.Namespace, folder: Path) -> None:
     path = folder / "text.jsonl"
     make_rows(path, args.rows, chats=False)
     texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
-    bare = bare_rate(args.tokenizer, texts, args.repeats)
-    ours = our_rate(TextConfig(path=str(path)), Text(load_tokenizer(args.tokenizer), None), args.repeats)
-    print(f"text: bare tokenizer {bare:,.0f} tokens/s, cache {ours:,.0f} tokens/s, {ours / bare:.0%}")
+    ours = our_run(TextConfig(path=str(path)), Text(load_tokenizer(args.tokenizer), None))
+    compare("text", bare_run(args.tokenizer, texts), ours, args.repeats)
 
 
 def measure_chats(args: argparse.Namespace, folder: Path, name: str) -> None:
@@ -120,9 +121,7 @@ def measure_chats(args: argparse.Namespace, folder: Path, name: str) -> None:
     template = build_template("chatml" if name == "builtin" else "auto", tokenizer)
     chats = [json.loads(line)["messages"] for line in path.open(encoding="utf-8")]
     texts = [template.render([Message(m["role"], m["content"]) for m in chat]) for chat in chats]
-    bare = bare_rate(args.tokenizer, texts, args.repeats)
-    ours = our_rate(SourceConfig(path=str(path)), Text(tokenizer, template), args.repeats)
-    print(f"{name}: bare tokenizer {bare:,.0f} tokens/s, cache {ours:,.0f} tokens/s, {ours / bare:.0%}")
+    ours = compare(name, bare_run(args.tokenizer, texts), our_run(SourceConfig(path=str(path)), Text(tokenizer, template)), args.repeats)
     if args.trl and name == "jinja":
         command = [str(args.trl), "-c", TRL, str(args.tokenizer.resolve()), str(path)]
         out = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout

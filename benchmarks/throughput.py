@@ -73,7 +73,7 @@ def main() -> None:
 
     cfg = ParallelConfig()
     mesh = build_mesh(resolve_degrees(cfg, 1), device)
-    parts = parallelize(build_stages(spec, mesh, dtype), mesh, cfg, precision=PrecisionConfig(params=args.dtype))
+    parts = parallelize(build_stages(spec, mesh, dtype, parallel=cfg), mesh, cfg, precision=PrecisionConfig(params=args.dtype))
     init_weights(parts.named_parameters(), spec, seed=0)
     optimizer = torch.optim.AdamW((p for _, p in parts.named_parameters()), lr=1e-5, fused=True)
 

@@ -136,6 +136,7 @@ class VocabShard:
     start: int  # the first global row held here
     size: int  # the real vocabulary size; rows at or above it are padding and masked to -inf
     group: Group | None  # None: all rows are here
+    rows: int | None = None  # of the largest shard, the same on every rank of the group; None: as many as are held here
 
 
 class Projection(Protocol):

@@ -3,13 +3,15 @@
 import ctypes
 import platform
 from datetime import timedelta
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed import ProcessGroup, Store, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 from torch.distributed.tensor import DTensor
 
 
@@ -49,12 +51,56 @@ def forget_step(root: FSDPModule) -> None:
                     parameter._unsharded_param.grad = None
 
 
-def run_microbatches(schedule: PipelineScheduleSingle, args: list[tuple], kwargs: list[dict[str, Any]], targets: list | None) -> None:
+def run_microbatches(
+    schedule: PipelineScheduleSingle | PipelineScheduleMulti, args: list[tuple], kwargs: list[dict[str, Any]], targets: list | None
+) -> None:
     """One pass of a pipeline schedule over lists of micro-batches, without stacking tensors and cutting them up again."""
-    stage = schedule._stage
-    stage.has_backward = schedule._has_backward
-    stage.clear_runtime_states()
+    for stage in schedule._stages if isinstance(schedule, PipelineScheduleMulti) else [schedule._stage]:
+        stage.has_backward = schedule._has_backward
+        stage.clear_runtime_states()
     schedule._step_microbatches(args, kwargs, targets, [] if targets is not None else None, return_outputs=False)
+
+
+def forward_schedule(stages: list[PipelineStage], num_microbatches: int, stages_of: dict[int, list[int]]) -> PipelineScheduleMulti:
+    """A pass without backward for ranks of several stages: each stage in turn over all micro-batches. stages_of: by rank.
+
+    torch's own schedules lay out backward steps as well, and their evaluation trips over stages that follow each other on one rank.
+    """
+    schedule = schedules._PipelineScheduleRuntime(stages, num_microbatches)
+    rank_of = {stage: rank for rank, held in stages_of.items() for stage in held}
+    for holder in (schedule, *stages):
+        holder.stage_index_to_group_rank = rank_of
+    order = {rank: [_forward(stage, i) for stage in held for i in range(num_microbatches)] for rank, held in stages_of.items()}
+    gathered = {rank: schedules._add_unshard_reshard(actions) for rank, actions in order.items()}
+    schedule.pipeline_order_with_comms = schedules._add_send_recv(gathered, stage_to_rank=rank_of.__getitem__, num_stages=len(rank_of))
+    return schedule
+
+
+class Action(NamedTuple):
+    """One step of a rank in a pipeline schedule."""
+
+    kind: str  # F forward, B backward, I backward for the input alone, W for the weights alone
+    stage: int
+    microbatch: int
+
+
+def schedule_actions(cls: type, pp: int, stages_of: list[list[int]], num_microbatches: int) -> list[list[Action]]:
+    """What each rank of a schedule class computes, in order: no process group, no model. stages_of: by rank."""
+    count = sum(map(len, stages_of))
+    stage = SimpleNamespace(group_rank=0, group_size=pp, num_stages=count, submod=None, has_backward=True)
+    many = issubclass(cls, PipelineScheduleMulti)
+    order = cls([stage] * len(stages_of[0]) if many else stage, num_microbatches, loss_fn=lambda *_: None).pipeline_order
+    letters = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}  # the rest computes nothing
+    lines: list[list[Action]] = []
+    for rank in range(pp):
+        parts = (part for action in order[rank] if action is not None for part in action.sub_actions or (action,))
+        kinds = ((letters.get(part.computation_type.name), part) for part in parts)
+        lines.append([Action(kind, part.stage_index, part.microbatch_index) for kind, part in kinds if kind])
+    return lines
+
+
+def _forward(stage: int, microbatch: int) -> schedules._Action:
+    return schedules._Action(stage, schedules._ComputationType.FORWARD, microbatch)
 
 
 def keep_freed_memory() -> bool:

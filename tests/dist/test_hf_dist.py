@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.dist import run_dist
-from tests.helpers.tiny import tiny_llama
+from tests.helpers.tiny import tiny_llama, uneven
 from torchft.checkpoint.assets import Assets
 from torchft.checkpoint.hf import load_hf, save_hf
 from torchft.dist import agree, rank
@@ -46,12 +46,13 @@ def load_and_save(spec, world: int, degrees: dict, source: Path, target: Path) -
     return report.num_bytes, held
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "uneven"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_in_and_out_of_every_layout(tmp_path, layout, tied):
+def test_in_and_out_of_every_layout(tmp_path, layout, kind):
     """The folder saved by all ranks equals one process's, file by file; each rank read exactly the bytes it holds."""
     world, degrees = LAYOUTS[layout]
-    spec = tiny_llama(tied=tied)
+    spec = tiny_llama(tied=kind == "tied")
+    spec = uneven(spec) if kind == "uneven" else spec
     model = build_decoder(spec, device="cpu")
     init_weights(model.named_parameters(), spec, 0)
     save_hf(tmp_path / "in", spec, model.named_parameters(), ASSETS, shard_bytes=20_000)

@@ -45,6 +45,7 @@ def train(
     world: int, parallel: dict, kind: str, dtype: str, *, wrapped: bool = False, quant: bool = False
 ) -> tuple[dict, dict, list[float]]:
     """Gradients of the first step, weights after the fifth, losses."""
+    torch.compiler.reset()  # each run compiles the same code for another model
     spec = SPEC if quant else tiny_llama(qkv_bias=True)
     cfg, lora = ParallelConfig(**parallel), LoraConfig(rank=4, **KINDS[kind])
     mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import time
 
 import pytest
 
@@ -22,6 +23,8 @@ def train_until_full(argv: list[str], full_after: int) -> str:
     def log(self, step, *rest) -> None:
         before(self, step, *rest)
         if step == full_after:
+            while not (self.folder / "checkpoints" / "latest").exists():  # a background save may not be through yet
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
 
     Run.log = log

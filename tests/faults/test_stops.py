@@ -29,8 +29,8 @@ PHASES = {  # phase -> (what the plugin does, last step made)
         2,
     ),
     "a save": (
-        "from torchft.checkpoint.store import Store\nwrite = Store._collect\n"
-        "def collect(self):\n    stop()\n    return write(self)\nStore._collect = collect\n",
+        "from torchft.checkpoint.store import Store\nwrite = Store._capture\n"
+        "def capture(self, step):\n    stop()\n    return write(self, step)\nStore._capture = capture\n",
         4,
     ),
 }

@@ -1,6 +1,6 @@
 """Token caches without files, and records without a parser, for tests of the data layer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,7 +47,7 @@ class ListRecords:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, lo: int, hi: int) -> Iterator[tuple[int, dict, str]]:
+    def read(self, lo: int, hi: int, on_bad: Callable | None = None) -> Iterator[tuple[int, dict, str]]:
         self.reads.append((lo, hi))
         for i in range(lo, hi):
             yield i, self.rows[i], f"{self.name}:{i + 1}"

@@ -31,6 +31,13 @@ def tiny_llama(*, tied: bool = True, num_layers: int = 4, qkv_bias: bool = False
     )
 
 
+def uneven(spec: ModelSpec) -> ModelSpec:
+    """The model with one kv head (GPT-2: as it is) and 101 tokens, a prime: neither comes out even under tensor parallelism."""
+    heads = {key: replace(head, size=101) for key, head in spec.heads.items()}
+    kv = spec.attention.num_kv_heads if spec.family == "gpt2" else 1
+    return replace(spec, vocab_size=101, heads=heads, attention=replace(spec.attention, num_kv_heads=kv))
+
+
 def packed_batch(seed: int, *, b: int = 2, t: int = 32, trained: bool = True) -> Batch:
     """Rows of two to four documents of random lengths, the last one padded; about 40% of tokens trained, with uneven weights."""
     g = torch.Generator().manual_seed(seed)

@@ -20,6 +20,10 @@ from torchft.optim.schedules import SCHEDULES, ScheduleConfig, build_schedule
 # Read only where one process in this test does not get: key -> file and text of the test that holds its effect.
 ELSEWHERE = {
     "parallel.schedule": ("tests/dist/test_contract.py", '("schedule", "gpipe")'),
+    "parallel.pp_stages_per_rank": ("tests/dist/test_layouts.py", '("pp_stages_per_rank", 1)'),
+    "parallel.pp_split": ("tests/dist/test_layouts.py", '("pp_split", [1, 3])'),
+    "parallel.fsdp.forward_prefetch": ("tests/dist/test_fsdp_options.py", "forward_prefetch=2"),
+    "parallel.fsdp.backward_prefetch": ("tests/dist/test_fsdp_options.py", "backward_prefetch=2"),
     "model.vocab.noise": ("tests/recipes/test_new_tokens_recipe.py", "model.vocab.noise"),  # of weights that are read
     "data.streams": ("tests/unit/test_streaming.py", "data.streams"),  # of data.streaming, which has no epochs
     "adapter.path": ("tests/recipes/test_lora_recipe.py", "adapter.path"),  # decides what the other keys of adapter say

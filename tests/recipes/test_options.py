@@ -171,6 +171,16 @@ def test_deterministic_mode(cache, plain, tmp_path, monkeypatch):
     assert seen == [True] * 3 + [False] * 3
 
 
+def test_the_ledger_is_in_the_rows(cache, plain, tmp_path):
+    """With debug.ledger each row has count, bytes and seconds by axis, of a run with prefetch and offload too; the losses stay."""
+    options = ("parallel.fsdp.forward_prefetch=1", "parallel.fsdp.backward_prefetch=2", "parallel.fsdp.cpu_offload=true")
+    got = losses(tmp_path, cache, "debug.ledger=true", "optim.offload_state=true", *options, world=2)
+    assert all(abs(a - b) <= 1e-5 * b for a, b in zip(got, plain, strict=True))
+    for row in rows(tmp_path / "run"):
+        assert row["comm/fsdp/count"] > 0 and row["comm/fsdp/bytes"] > 1000 and row["comm/fsdp/seconds"] > 0
+        assert "comm/tp/count" not in row
+
+
 @pytest.mark.parametrize("option", ["memory.recompute=selective", "memory.recompute=full", "memory.recompute_every=2"])
 def test_recomputation_keeps_the_losses(option, cache, plain, tmp_path):
     """Losses keep their bits."""

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from tests.helpers.caches import ListRecords, make_encoded, make_key
 from torchft.data import shared_build
 from torchft.data.cache import build_cache
+from torchft.data.encoding import BATCH_TEXT
 from torchft.data.prefetch import map_ahead
 from torchft.data.sources import SourceConfig, open_records
 from torchft.data.types import Encoded
@@ -138,6 +140,33 @@ def test_threads_change_no_byte(tmp_path, threads):
 
     with pytest.raises(DataError, match="rows.jsonl:40: bad"):
         build(tmp_path / "bad", records, encode=bad, threads=threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_change_nothing(tmp_path, threads):
+    """Encoded many at a time: the same arrays; a batch with a refused record is taken one by one, so that record is named, and the
+    others of its batch are kept where bad ones may be left out. A long record ends its batch."""
+    sizes = []
+
+    def one(record: dict, where: str) -> Encoded:
+        if record["n"] == 13:
+            raise DataError(f"{where}: thirteen")
+        return encode(record, where)
+
+    def many(rows: list[tuple[dict, str]]) -> list[Encoded]:
+        sizes.append(len(rows))
+        return [one(*row) for row in rows]
+
+    rows = [{"n": 3 + i % 9, "first": 10 * i} for i in range(600)]
+    rows[300] = rows[300] | {"notes": [{"text": "x" * BATCH_TEXT}]}
+    plain, _ = build(tmp_path / "plain", ListRecords(rows))
+    batched, _ = build(tmp_path / "batched", ListRecords(rows), encode_batch=many, threads=threads)
+    assert plain.hash == batched.hash and sorted(sizes) == [43, 45, 256, 256]
+    rows[70] = {"n": 13}
+    with pytest.raises(DataError, match="rows.jsonl:71: thirteen"):
+        build(tmp_path / "bad", ListRecords(rows), encode=one, encode_batch=many, threads=threads)
+    kept, _ = build(tmp_path / "left out", ListRecords(rows), encode=one, encode_batch=many, threads=threads, max_bad_records=1)
+    assert kept.counts.bad == 1 and kept.indices.tolist() == [*range(70), *range(71, 600)]
 
 
 def test_threads_read_a_little_ahead():
@@ -314,17 +343,23 @@ def refuse_negative(record: dict, where: str) -> Encoded:
     return encode(record, where)
 
 
+def refuse_all_with_negatives(rows: list[tuple[dict, str]]) -> list[Encoded]:
+    return [refuse_negative(*row) for row in rows]
+
+
+@pytest.mark.parametrize("options", [{}, {"encode_batch": refuse_all_with_negatives, "threads": 3}], ids=["one by one", "batches"])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_bad_records_are_counted(tmp_path, world_size):
-    """Up to the limit, broken and refused records are left out, counted and named; one more is the first one's error, on every rank; a
-    cache made with a higher limit does not pass a lower one."""
+def test_bad_records_are_counted(tmp_path, world_size, options):
+    """Up to the limit, broken and refused records are left out, counted and named in the file's order; one more is the first one's
+    error, on every rank; a cache made with a higher limit does not pass a lower one."""
     rows = open_rows(tmp_path)
-    strict = build_by(world_size, tmp_path / "strict", rows, encode=refuse_negative)
+    by = partial(build_by, world_size, records=rows, encode=refuse_negative, **options)
+    strict = by(tmp_path / "strict")
     assert all(isinstance(error, DataError) and "rows.jsonl:" in str(error) for error in strict)
-    low = build_by(world_size, tmp_path / "low", rows, encode=refuse_negative, max_bad_records=2)
+    low = by(tmp_path / "low", max_bad_records=2)
     assert all(isinstance(error, DataError) and "rows.jsonl:3:2" in str(error) for error in low)
     assert all("data.max_bad_records=2" in str(error) for error in low)
-    caches = build_by(world_size, tmp_path / "cache", rows, encode=refuse_negative, max_bad_records=3)
+    caches = by(tmp_path / "cache", max_bad_records=3)
     for cache in caches:
         assert (cache.counts.total, cache.counts.bad, cache.counts.kept) == (10, 3, 7)
         assert cache.indices.tolist() == [0, 1, 3, 5, 7, 8, 9]

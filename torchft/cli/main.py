@@ -31,6 +31,7 @@ VERBS = {
     "export": ("torchft.cli.export", "a step of a run as a HF folder, or as GGUF with an Ollama Modelfile"),
     "download": ("torchft.cli.download", "fetch a model from the Hugging Face hub"),
     "push": ("torchft.cli.push", "publish an exported folder on the Hugging Face hub"),
+    "schedule": ("torchft.cli.schedule", "draw a pipeline schedule, with the share of time its ranks wait"),
     "doctor": ("torchft.cli.doctor", "check this installation: versions, devices, clashes, disk"),
     "completion": ("torchft.cli.completion", "print completion for a shell: bash or zsh"),
 }

@@ -16,17 +16,17 @@ import json
 import re
 import uuid
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 import torchft
 from torchft import dist
-from torchft.data.prefetch import map_ahead
+from torchft.data.encoding import Encode, EncodeBatch, Encoding, Made, Records, Row
 from torchft.data.shared_build import Beat, SharedBuild, is_whole
 from torchft.data.types import Encoded
 from torchft.errors import DataError
@@ -37,20 +37,6 @@ FILES = ("ids", "weights", "offsets", "indices")
 CHUNK = 2**22  # entries copied at once when parts are joined
 
 
-class Records(Protocol):
-    """A source of raw records that can be read from any place."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def read(self, lo: int, hi: int, on_bad: Callable[[DataError], None] | None = None) -> Iterator[tuple[int, dict, str]]:
-        """(index, record, "file:line") for lo <= index < hi; a record that can't be read goes to on_bad, or is raised without it."""
-        ...
-
-
-Encode = Callable[[dict, str], Encoded | tuple[Encoded, ...] | None]  # a tuple: a unit; None: nothing to train on
-Row = tuple[int, Encoded | tuple[Encoded, ...] | DataError | None, str]  # record number, what it became, "file:line"
 Truncate = Callable[[Encoded, str], Encoded | None]  # to data.seq_len by data.truncation; None: dropped
 
 
@@ -158,6 +144,7 @@ def build_cache(
     encode: Encode,
     key: CacheKey,
     *,
+    encode_batch: EncodeBatch | None = None,
     truncate: Truncate | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -170,6 +157,7 @@ def build_cache(
 ) -> TokenCache:
     """The cache of `records` under `folder`, tokenised by all ranks unless it is there already. Call it on every rank.
 
+    encode_batch: what `encode` does, of several records, faster.
     run: a word shared by this run's ranks and by no other run; None: rank 0 of the process group makes one up.
     max_dropped_share: an error if a larger share of the samples was dropped. max_bad_records: so many that can't be read are left out
     and counted; one more is an error, the first one's. timeout_s: an error after so long without progress on any rank. threads: that
@@ -184,8 +172,9 @@ def build_cache(
         lo, hi = n * rank // world_size, n * (rank + 1) // world_size
         label = f"tokenising {records.name}"
         build = SharedBuild(final, run, label=label, total=n, rank=rank, world_size=world_size, timeout_s=timeout_s, report=tell)
+        rows = Encoding(encode, encode_batch).rows(records, lo, hi, threads=threads, go_on=max_bad_records > 0)
         build.run(
-            lambda part, beat: _write_part(part, records, (lo, hi), encode, truncate, max_bad_records, threads, beat),
+            lambda part, beat: _write_part(part, rows, truncate, max_bad_records, beat),
             lambda parts, out, beat: _join_parts(parts, out, records.name, key, beat),
         )
     cache = open_cache(final)
@@ -215,45 +204,24 @@ def open_cache(folder: Path) -> TokenCache:
         raise DataError(f"{folder}: damaged cache ({error}): delete this folder, it is built again from the source") from error
 
 
-def _write_part(
-    part: Path,
-    records: Records,
-    slice_: tuple[int, int],
-    encode: Encode,
-    truncate: Truncate | None,
-    max_bad_records: int,
-    threads: int,
-    beat: Beat,
-) -> None:
-    """Tokenises a slice into raw arrays: a part is read back by this run alone."""
+def _write_part(part: Path, rows: Iterable[Row], truncate: Truncate | None, max_bad_records: int, beat: Beat) -> None:
+    """Writes encoded records as raw arrays: a part is read back by this run alone."""
     counts, lengths, indices, binary, size, bad = Counts(), array("q"), array("q"), True, 0, []
-
-    def note(error: DataError) -> None:
-        counts.total, counts.bad = counts.total + 1, counts.bad + 1
-        bad.append(str(error))
-        if counts.bad > max_bad_records:
-            raise DataError(bad[0] + _limit_of_bad(max_bad_records)) from error
-
-    def encoded(row: tuple[int, dict, str]) -> Row:
-        index, record, where = row
-        try:
-            return index, encode(record, where), where
-        except DataError as error:
-            return index, error, where
-
-    rows = records.read(*slice_, note) if max_bad_records else records.read(*slice_)
     with open(part / "ids", "wb") as ids, open(part / "weights", "wb") as weights:
-        for index, made, where in map_ahead(encoded, rows, workers=threads):
+        for index, made, where in rows:
             beat(counts.total)
             if isinstance(made, DataError):
-                note(made)
+                counts.total, counts.bad = counts.total + 1, counts.bad + 1
+                bad.append(str(made))
+                if counts.bad > max_bad_records:
+                    raise DataError(bad[0] + _limit_of_bad(max_bad_records)) from made
                 continue
             unit = keep(made, truncate, where, counts)
             for sequence in unit:
-                ids.write(sequence.ids.astype(np.int32).tobytes())
-                weights.write(sequence.weights.astype(np.float32).tobytes())
+                ids.write(np.ascontiguousarray(sequence.ids, np.int32))
+                weights.write(np.ascontiguousarray(sequence.weights, np.float32))
                 lengths.append(len(sequence.ids))
-                binary = binary and bool(((sequence.weights == 0) | (sequence.weights == 1)).all())
+                binary = binary and _is_binary(sequence.weights)
             if unit:
                 assert size in (0, len(unit)), f"{where}: {len(unit)} sequences, the others have {size}"
                 size = len(unit)
@@ -264,19 +232,25 @@ def _write_part(
     (part / "counts.json").write_text(json.dumps({"counts": asdict(counts), "binary": binary, "size": size, "bad": bad[:SHOWN_BAD]}))
 
 
+def _is_binary(weights: np.ndarray) -> bool:
+    """Whether all are 0 or 1."""
+    return bool(np.count_nonzero(weights) == np.count_nonzero(weights == 1))
+
+
 def _limit_of_bad(limit: int) -> str:
     return f"\n  and more than data.max_bad_records={limit} such records: mend them, or raise it to leave them out" if limit else ""
 
 
-def keep(encoded: Encoded | tuple[Encoded, ...] | None, truncate: Truncate | None, where: str, counts: Counts) -> tuple[Encoded, ...]:
+def keep(made: Made, truncate: Truncate | None, where: str, counts: Counts) -> tuple[Encoded, ...]:
     """The sample's sequences as they are kept, all or none; counts what happened to it."""
     counts.total += 1
-    whole = encoded if isinstance(encoded, tuple) else () if encoded is None else (encoded,)
+    whole = made if isinstance(made, tuple) else () if made is None else (made,)
     if not whole or not all(map(_num_trained, whole)):
         counts.untrained += 1
         return ()
-    cut = [truncate(sequence, where) if truncate else sequence for sequence in whole]
-    kept = tuple(sequence for sequence in cut if sequence is not None and _num_trained(sequence))
+    kept = whole
+    if truncate is not None:
+        kept = tuple(cut for sequence in whole if (cut := truncate(sequence, where)) is not None and _num_trained(cut))
     if len(kept) < len(whole):
         counts.too_long += 1
         return ()

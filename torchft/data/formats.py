@@ -195,7 +195,7 @@ def _detect(record: dict, where: str) -> str:
 def _missing(record: dict, format: str) -> list[str]:
     """The required keys that are not there."""
     required, _ = KEYS[format]
-    if all(key in record for key in PAIR):
+    if "chosen" in record and "rejected" in record:
         required = {"alpaca": ("instruction",), "prompt_completion": ()}.get(format, required)
     return [key for key in required if key not in record]
 

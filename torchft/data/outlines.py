@@ -12,13 +12,14 @@ Names of functions and parameters, numbers and tool descriptions stay as they ar
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from torchft.data.types import Message
 from torchft.errors import DataError
 
 PLACEHOLDER = re.compile('\ufdd0([0-9]+)\\.([0-9]+)(\\\\?)"\ufdd1')
+FIRST = frozenset([0])
 TOOLS = 10**6  # the "message" that tool descriptions stand for in placeholders
 THINKING = re.compile(r"\s*<think>\n*((?:(?!</?think>).)*?)\n*</think>\n*((?:(?!</?think>).)*)", re.DOTALL)
 
@@ -39,8 +40,7 @@ class Arguments(dict):
         return text + str(self)
 
 
-@dataclass(frozen=True)
-class Outline:
+class Outline(NamedTuple):
     """A message as the placeholder rendering shows it. `needed`: pieces that a rendering has to show if the message is trained."""
 
     shown: dict[str, Any]
@@ -74,6 +74,8 @@ def outline(
 ) -> Outline:
     """`tags`: markup that the template reads in contents, left in place. `every`: all texts in arguments get a placeholder, not only those
     with `marks`. Raises DataError for `marks` where no placeholder can stand."""
+    if tags is None and not (message.reasoning or message.tool_calls or message.name or message.tool_call_id):
+        return _plain_outline(index, message)
     pieces: list[str] = []
 
     def mark(text: str) -> str:
@@ -95,6 +97,14 @@ def outline(
     plain = (message.role, fields["content"], fields.get("reasoning_content"), message.name, message.tool_call_id)
     key = json.dumps(fields) if message.tool_calls else plain
     return Outline(fields, tuple(pieces), frozenset(range(needed, len(pieces))), key)
+
+
+def _plain_outline(index: int, message: Message) -> Outline:
+    """What `outline` gives for a role and a text alone, as most messages are."""
+    core = message.content.strip()
+    before, _, after = message.content.partition(core) if core else (message.content, "", "")
+    shown = f'{before}\ufdd0{index}.0"\ufdd1{after}'
+    return Outline({"role": message.role, "content": shown}, (core,), FIRST, (message.role, shown, None, None, None))
 
 
 def outline_tools(tools: Tools, marks: re.Pattern[str]) -> tuple[list[dict[str, Any]] | None, tuple[str, ...]]:

@@ -13,7 +13,7 @@ placeholders between. For templates of this library, which do none of that, fill
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torchft.data.outlines import PLACEHOLDER, TOOLS, Outline, Slot, Tools, as_dict, as_json_string, outline, outline_tools
 from torchft.data.sandbox import ChatTemplate
@@ -24,8 +24,7 @@ TAG = re.compile(r"</?[A-Za-z_][\w|-]*>|\[/?[A-Z_]+\]")  # markup in a template'
 CACHED = 1024  # skeletons kept; most chats of a data set share a few
 
 
-@dataclass(frozen=True)
-class Stretch:
+class Stretch(NamedTuple):
     """Some text of the rendering, by one writer."""
 
     text: str
@@ -37,8 +36,7 @@ class Stretch:
         return self.start + len(self.text)
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A message in the rendering, in characters: [start, end) from where the model would begin to write, to the end of its text (of its
     last call: to its end-of-turn token, if there is one); `limit` is where the next message begins."""
 
@@ -48,8 +46,7 @@ class Turn:
     limit: int
 
 
-@dataclass(frozen=True)
-class Located:
+class Located(NamedTuple):
     """A rendering and where its messages are."""
 
     text: str
@@ -57,16 +54,14 @@ class Located:
     turns: tuple[Turn, ...]
 
 
-@dataclass(frozen=True)
-class _Edge:
+class _Edge(NamedTuple):
     """The end of a rendering: the writer of the last text that is not the template's, and what the template writes after it."""
 
     writer: int | None
     text: str
 
 
-@dataclass(frozen=True)
-class _Skeleton:
+class _Skeleton(NamedTuple):
     """The template's own text around the contents: texts[0] slot[0] texts[1] ... texts[n]."""
 
     texts: tuple[str, ...]

@@ -18,7 +18,8 @@ import numpy as np
 
 from torchft import dist
 from torchft.batch import SampleId
-from torchft.data.cache import Counts, Encode, Truncate, keep
+from torchft.data.cache import Counts, Truncate, keep
+from torchft.data.encoding import Encode, Made
 from torchft.data.files import BOM
 from torchft.data.lines import Lines
 from torchft.data.order import Cursor, Place
@@ -41,8 +42,8 @@ class Stream:
         self,
         lines: Lines,
         span: tuple[int, int],
-        encode: Callable[[bytes, str], Encoded | tuple[Encoded, ...] | None],
-        keep: Callable[[Encoded | tuple[Encoded, ...] | None, str], Encoded | None],
+        encode: Callable[[bytes, str], Made],
+        keep: Callable[[Made, str], Encoded | None],
         *,
         seq_len: int,
         cuts: bool,
@@ -235,7 +236,7 @@ class VirtualStreams:
         """Rows of stream v among the first so many."""
         return max(0, -(-(rows - v) // self.num_streams))
 
-    def _keep(self, whole: Encoded | tuple[Encoded, ...] | None, where: str) -> Encoded | None:
+    def _keep(self, whole: Made, where: str) -> Encoded | None:
         """What is left of a sample after truncation; None, and counted, if it is dropped."""
         unit = keep(whole, self._truncate, where, self.counts)
         dropped = self.counts.total - self.counts.kept

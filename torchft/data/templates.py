@@ -110,9 +110,10 @@ class Template:
     def encode_batch(self, samples: Sequence[Sample]) -> list[Encoded]:
         """Whole chats for training, faster than one by one. Raises DataError, naming the first that can't be encoded."""
         plans, wheres = [], [sample.where for sample in samples]
-        for sample in samples:
-            with _naming(sample.where):
-                plans.append(self._plan(sample.messages, sample.tools, add_generation_prompt=False))
+        with self._one_at_a_time:  # once for all: threads that take turns at each chat would mostly wait for each other
+            for sample in samples:
+                with _naming(sample.where):
+                    plans.append(self._make_plan(sample.messages, sample.tools, add_generation_prompt=False))
         if len(plans) > 1 and isinstance(self._tokenizer, HfTokenizer):
             tokenized = self._tokenizer.encode_many([plan.parts for plan in plans], wheres)
             return [self._encoded(plan, pieces) for plan, pieces in zip(plans, tokenized, strict=True)]

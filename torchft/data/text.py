@@ -10,7 +10,7 @@ A document is the text as it stands, without the line breaks at its two ends; in
 import hashlib
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -23,6 +23,7 @@ from torchft.data.mixture import MixtureConfig, Share
 from torchft.data.sources import SUFFIXES, Records, check_place, index_files, list_files, open_file, part_of
 from torchft.data.types import Encoded
 from torchft.errors import DataError, Problem
+from torchft.tokenizers.hf import HfTokenizer
 from torchft.tokenizers.protocol import Tokenizer
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -94,6 +95,24 @@ def open_documents(cfg: TextConfig) -> Records:
 
 def encode_document(record: dict, where: str, *, text_key: str, tokenizer: Tokenizer) -> Encoded | None:
     """A record's text with BOS and EOS, all of it trained; None if it is empty. Raises DataError naming `where`."""
+    text = _text_of(record, where, text_key, tokenizer)
+    try:
+        return _as_document(tokenizer.encode(text), tokenizer) if text else None
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def encode_documents(rows: Sequence[tuple[dict, str]], *, text_key: str, tokenizer: Tokenizer) -> list[Encoded | None]:
+    """`encode_document` of each (record, where), faster. Raises DataError for any."""
+    if not isinstance(tokenizer, HfTokenizer):
+        return [encode_document(record, where, text_key=text_key, tokenizer=tokenizer) for record, where in rows]
+    texts = [_text_of(record, where, text_key, tokenizer) for record, where in rows]
+    encoded = tokenizer.encode_texts(texts)
+    return [_as_document(ids, tokenizer) if text else None for text, ids in zip(texts, encoded, strict=True)]
+
+
+def _text_of(record: dict, where: str, text_key: str, tokenizer: Tokenizer) -> str:
+    """The document's text, empty if there is nothing in it."""
     text = record.get(text_key)
     if not isinstance(text, str):
         given = "nothing" if text_key not in record else type(text).__name__
@@ -104,17 +123,16 @@ def encode_document(record: dict, where: str, *, text_key: str, tokenizer: Token
         )
     if tokenizer.eos_id is None:
         raise DataError("the tokenizer has no end token, which ends each document: set eos_token in tokenizer_config.json")
-    text = text.strip("\r\n")
-    if not text.strip():
-        return None
-    try:
-        text.encode()  # half a surrogate pair is no text
-        ids = [*([tokenizer.bos_id] if tokenizer.adds_bos else []), *tokenizer.encode(text), tokenizer.eos_id]
-    except (DataError, UnicodeEncodeError) as error:
-        raise DataError(f"{where}: {error}") from error
-    weights = np.ones(len(ids), np.float32)
+    return text.strip("\r\n") if text.strip() else ""
+
+
+def _as_document(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> Encoded:
+    whole = np.empty(tokenizer.adds_bos + len(ids) + 1, np.int32)
+    whole[: tokenizer.adds_bos] = tokenizer.bos_id or 0
+    whole[tokenizer.adds_bos : -1], whole[-1] = ids, tokenizer.eos_id
+    weights = np.ones(len(whole), np.float32)
     weights[0] = 0
-    return Encoded(np.array(ids, np.int32), weights)
+    return Encoded(whole, weights)
 
 
 def _index_text(path: str, separator: str | None) -> tuple[Spans, bytes]:

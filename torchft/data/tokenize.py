@@ -3,6 +3,7 @@
 record --formats--> Sample --masks, template--> Encoded          a preference pair is two of them, a document needs no template
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -26,6 +27,29 @@ def encode_record(
     if isinstance(read, Document):
         return _encode_text(read, template)
     return _encode(only_chat(read, record, where), template, masks)
+
+
+def encode_records(
+    rows: Sequence[tuple[dict, str]],
+    *,
+    template: Template,
+    format: str = "auto",
+    mapping: Mapping = SAME,
+    masks: MaskConfig = EVERY_REPLY,
+) -> list[Encoded | None]:
+    """`encode_record` of each (record, where), faster. Raises DataError for any."""
+    out: list[Encoded | None] = [None] * len(rows)
+    chats: dict[int, Sample] = {}
+    for i, (record, where) in enumerate(rows):
+        read = read_record(record, where, format, mapping)
+        if isinstance(read, Document):
+            out[i] = _encode_text(read, template)
+        else:
+            sample = only_chat(read, record, where)
+            chats[i] = Sample(apply_masks(sample.messages, masks, sample.where), sample.where, sample.tools)
+    for i, encoded in zip(chats, template.encode_batch(list(chats.values())), strict=True):
+        out[i] = encoded
+    return out
 
 
 def encode_all(

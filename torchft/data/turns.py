@@ -69,6 +69,11 @@ def read_turns(turns: Any, name: str, where: str, shape: Shape) -> list[Message]
 
 def read_turn(turn: Any, name: str, where: str, shape: Shape) -> Message:
     """One message. Raises DataError naming `where` and the turn."""
+    if isinstance(turn, dict) and len(turn) == 2:  # most turns are a role and a text, and there are many
+        role, text = turn.get(shape.role), turn.get(shape.content)
+        kind = shape.roles.get(role) if isinstance(role, str) else None
+        if isinstance(text, str) and kind is not None and kind != "function_call":
+            return Message(kind, text)
     has_text = isinstance(turn, dict) and (shape.content in turn or turn.get("tool_calls"))
     if not has_text or shape.role not in turn:
         given = f"keys {list_keys(turn)}" if isinstance(turn, dict) else kind_of(turn)
@@ -133,7 +138,8 @@ def check_text(text: str, where: str) -> None:
 
 def hint_of(given: Iterable[str], wanted: Iterable[str]) -> str:
     """A line of an error: which given key may be meant as one of the wanted."""
-    for key in wanted:
+    given = list(given)
+    for key in wanted if given else ():
         near = difflib.get_close_matches(key, [k for k in given if k != key], n=1, cutoff=0.75)
         if near:
             return f"\n  fix:      {near[0]!r}: did you mean {key!r}?"

@@ -43,12 +43,9 @@ def linear_ce(
     labels, weights = labels[rows], weights[rows].to(torch.promote_types(h.dtype, torch.float32)) * grad_scale
     if _is_plain(projection):
         options = (projection.scale, projection.softcap, projection.vocab, smoothing, z)
-        inputs = (h, projection.weight, projection.bias)
-        if not torch.is_grad_enabled():  # inside a Function nobody can tell: needs_input_grad stays true under no_grad
-            inputs = tuple(None if x is None else x.detach() for x in inputs)
-        return _LinearCE.apply(*inputs, rows, labels, weights, options)
+        return _plain_linear_ce(h, projection.weight, projection.bias, rows, labels, weights, options)
     total = upcast(h[:0].sum())
-    for chunk in _chunks(len(rows), projection.weight):
+    for chunk in _chunks(len(rows), projection.weight, projection.vocab):
         part = checkpoint(
             lambda x, y, w: (_cross_entropy(projection.logits(x), y, projection.vocab, smoothing, z) * w).sum(),
             h[rows[chunk]],
@@ -74,52 +71,79 @@ def token_logprobs(
     if len(h) == 0:
         nothing = upcast(h).sum(-1)
         return nothing, nothing if entropy else None
-    chunks = _chunks(len(h), projection.weight)
+    chunks = _chunks(len(h), projection.weight, projection.vocab)
     parts = [checkpoint(one, h[c], labels[c], use_reentrant=False, preserve_rng_state=False) for c in chunks]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
 
 
-class _LinearCE(torch.autograd.Function):
-    """The plain head: dh and dW are made beside the loss; backward multiplies them by the incoming gradient, in place, once."""
+def _plain_linear_ce(
+    h: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, weights: Tensor, options: tuple
+) -> Tensor:
+    """The plain head: dh and dW are made beside the loss, and hung on it."""
+    needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in (h, weight, bias))
+    with torch.no_grad():
+        loss, grads = _loss_and_gradients(h, weight, bias, rows, labels, weights, options, needs)
+    zeros = [_Gradient.apply(x, grad, loss) for x, grad in zip((h, weight, bias), grads, strict=True) if grad is not None]
+    return sum(zeros, start=loss)
+
+
+class _Gradient(torch.autograd.Function):
+    """A zero whose gradient by x is known: backward multiplies it by the incoming gradient, in place, once.
+
+    One for each of h, weight and bias: a pipeline that runs the backward for inputs first and for weights later takes each once.
+    """
 
     @staticmethod
-    def forward(ctx, h, weight, bias, rows, labels, weights, options):
-        scale, softcap, vocab, smoothing, z_loss = options
-        need_h, need_w, need_b = ctx.needs_input_grad[:3]
-        need = need_h or need_w or need_b
-        dh = torch.zeros_like(h) if need_h else None
-        dw = db = None
-        total = torch.zeros((), dtype=torch.float64, device=h.device)
-        chunks = _chunks(len(rows), weight)
-        sum_dtype = torch.float32 if len(chunks) > MAX_NARROW_SUMS and weight.dtype.itemsize < 4 else weight.dtype
-        narrow, wide = _logit_buffers(chunks, h, weight)
-        for chunk in chunks:
-            x = h[rows[chunk]]  # (chunk, d)
-            logits = _plain_logits(x, weight, bias, scale, softcap, vocab, narrow[: len(x)], wide[: len(x)])
-            loss, g = _chunk_loss(logits, labels[chunk], weights[chunk], vocab, smoothing, z_loss, softcap, need_grad=need)
-            total += loss
-            if not need:
-                continue
-            g = g if scale == 1.0 else g.mul_(scale)
-            g = g if narrow is wide else narrow[: len(x)].copy_(g)  # (chunk, v_local)
-            if need_h:
-                dh[rows[chunk]] = g @ weight
-            if need_w:
-                dw = _add_product(dw, g.t(), x, sum_dtype)
-            if need_b:
-                db = g.sum(0) if db is None else db.add_(g.sum(0))
-        ctx.grads = (
-            dh,
-            torch.zeros_like(weight) if need_w and dw is None else None if dw is None else dw.to(weight.dtype),
-            torch.zeros_like(bias) if need_b and db is None else db,
-        )
-        return total.to(weights.dtype)
+    def forward(ctx, x, grad, like):
+        ctx.grad = grad
+        return torch.zeros_like(like)
 
     @staticmethod
     def backward(ctx, incoming):
-        assert ctx.grads is not None, "linear_ce can be backpropagated once only: its gradients were scaled in place"
-        grads, ctx.grads = ctx.grads, None
-        return *(None if g is None else g.mul_(incoming) for g in grads), None, None, None, None
+        assert ctx.grad is not None, "linear_ce can be backpropagated once only: its gradients were scaled in place"
+        grad, ctx.grad = ctx.grad, None
+        return grad.mul_(incoming), None, None
+
+
+def _loss_and_gradients(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    options: tuple,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The loss () in the dtype of `weights`, and its gradients by h, weight and bias where `needs` says so."""
+    scale, softcap, vocab, smoothing, z_loss = options
+    need_h, need_w, need_b = needs
+    dh = torch.zeros_like(h) if need_h else None
+    dw = db = None
+    total = torch.zeros((), dtype=torch.float64, device=h.device)
+    chunks = _chunks(len(rows), weight, vocab)
+    sum_dtype = torch.float32 if len(chunks) > MAX_NARROW_SUMS and weight.dtype.itemsize < 4 else weight.dtype
+    narrow, wide = _logit_buffers(chunks, h, weight)
+    for chunk in chunks:
+        x = h[rows[chunk]]  # (chunk, d)
+        logits = _plain_logits(x, weight, bias, scale, softcap, vocab, narrow[: len(x)], wide[: len(x)])
+        loss, g = _chunk_loss(logits, labels[chunk], weights[chunk], vocab, smoothing, z_loss, softcap, need_grad=any(needs))
+        total += loss
+        if g is None:
+            continue
+        g = g if scale == 1.0 else g.mul_(scale)
+        g = g if narrow is wide else narrow[: len(x)].copy_(g)  # (chunk, v_local)
+        if need_h:
+            dh[rows[chunk]] = g @ weight
+        if need_w:
+            dw = _add_product(dw, g.t(), x, sum_dtype)
+        if need_b:
+            db = g.sum(0) if db is None else db.add_(g.sum(0))
+    if need_w:
+        dw = torch.zeros_like(weight) if dw is None else dw.to(weight.dtype)
+    if need_b and db is None:
+        db = torch.zeros_like(bias)
+    return total.to(weights.dtype), (dh, dw, db)
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -259,8 +283,9 @@ def _trained_rows(weights: Tensor, num_trained: int | None) -> Tensor:
     return torch.nonzero_static(weights, size=num_trained).squeeze(1)
 
 
-def _chunks(n: int, weight: Tensor) -> list[slice]:
-    """Slices of at most CHUNK_BYTES of logits each, as equal as can be."""
-    rows = max(1, CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"] // (4 * len(weight)))
-    count = -(-n // rows)
+def _chunks(n: int, weight: Tensor, vocab: VocabShard | None) -> list[slice]:
+    """Slices of at most CHUNK_BYTES of logits each, as equal as can be; the same on every rank, since each has its collectives."""
+    width = vocab.rows if vocab is not None and vocab.rows is not None else len(weight)
+    most = max(1, CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"] // (4 * width))
+    count = -(-n // most)
     return [slice(i * n // count, (i + 1) * n // count) for i in range(count)]

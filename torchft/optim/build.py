@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torchft.errors import Problem
 from torchft.optim.adafactor import Adafactor, AdafactorConfig
 from torchft.optim.adamw_8bit import adamw_8bit
+from torchft.optim.offload import offload_state
 
 
 @dataclass
@@ -40,6 +41,7 @@ class OptimConfig:
     weight_decay: float = 0.01  # of matrices, decoupled (sgd: added to the gradient); norms and biases never decay
     max_norm: float | None = 1.0  # clip the gradient's norm over all parameters and ranks to this; null: don't clip
     fused: bool = True  # adamw: one kernel for the whole update
+    offload_state: bool = False  # keep the optimizer's state in host memory between steps (CUDA); each update moves it there and back
     groups: list[ParamRule] = field(default_factory=list)  # rules for some parameters; all others follow the keys above
 
     def check(self) -> Iterator[Problem]:
@@ -72,7 +74,10 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], cfg: Opti
     Each of its `param_groups` has "names" in the order of "params", and "lr_scale" for `set_lr`.
     """
     trainable = sorted(((name, p) for name, p in _once(named_parameters) if p.requires_grad), key=lambda entry: entry[0])
-    return OPTIMIZERS[cfg.name](list(_groups(trainable, cfg)), cfg)
+    optimizer = OPTIMIZERS[cfg.name](list(_groups(trainable, cfg)), cfg)
+    if cfg.offload_state:
+        offload_state(optimizer)
+    return optimizer
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

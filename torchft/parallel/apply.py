@@ -5,11 +5,11 @@
 Weights are loaded, or initialised, afterwards, into the shards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from torchft.errors import ConfigError
+from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import Decoder
 from torchft.parallel.compile import CompileConfig, apply_compile
 from torchft.parallel.fsdp import PrecisionConfig, apply_fsdp
@@ -17,6 +17,7 @@ from torchft.parallel.mesh import Mesh, ParallelConfig, check_degrees
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import Pipeline
 from torchft.parallel.recompute import MemoryConfig, apply_recompute
+from torchft.parallel.schedules import SCHEDULES
 from torchft.parallel.tp import apply_tp
 
 
@@ -34,10 +35,11 @@ def parallelize(
     Raises ConfigError for a layout that the model does not allow or that no test covers.
     """
     precision, memory, compile = precision or PrecisionConfig(), memory or MemoryConfig(), compile or CompileConfig()
-    problems = list(check_degrees(mesh.degrees, modules[0].spec, parallel))
+    problems = [*check_degrees(mesh.degrees, modules[0].spec, parallel), *check_split_backward(mesh, parallel, memory, compile)]
     if problems:
         raise ConfigError(problems)
-    assert mesh.device_mesh is not None or not precision.is_mixed, "mixed precision needs a mesh: build_mesh(..., mixed=True)"
+    needs_mesh = precision.is_mixed or parallel.fsdp.cpu_offload
+    assert mesh.device_mesh is not None or not needs_mesh, "mixed precision and offload need a mesh: build_mesh(..., mixed=True)"
     trainable = {name for module in modules for name, p in module.named_parameters() if p.requires_grad}
     reshard = parallel.fsdp.reshard_after_forward
     for module in modules:
@@ -46,19 +48,26 @@ def parallelize(
         apply_recompute(module, memory)
         apply_compile(module, compile)
         if mesh.device_mesh is not None:
-            apply_fsdp(module, mesh, precision, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard)
-        module.to_empty(device=mesh.device)
+            apply_fsdp(
+                module, mesh, precision, parallel.fsdp, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard
+            )
+        module.to_empty(device="cpu" if parallel.fsdp.cpu_offload else mesh.device)
     tokens_over = mesh.degrees["tp"] if parallel.sequence_parallel else 1
-    pipeline = _pipeline(modules, mesh, parallel, precision, tokens_over)
+    pipeline = Pipeline(modules, mesh, parallel, precision.compute_dtype, tokens_over) if mesh.degrees["pp"] > 1 else None
     return Parts(list(modules), mesh, _over_stages(trainable, mesh), pipeline, parallel.fsdp.sync_every_micro_batch, tokens_over)
 
 
-def _pipeline(
-    modules: Sequence[Decoder], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig, tokens_over: int
-) -> Pipeline | None:
-    if mesh.degrees["pp"] == 1:
-        return None
-    return Pipeline(modules[0], mesh, parallel.schedule, precision.compute_dtype, parallel.timeout_s, tokens_over)
+def check_split_backward(mesh: Mesh, parallel: ParallelConfig, memory: MemoryConfig, compile: CompileConfig) -> Iterator[Problem]:
+    """What does not go with a pipeline schedule that runs the backward in two parts."""
+    if mesh.degrees["pp"] == 1 or not SCHEDULES[parallel.schedule].splits_backward:
+        return
+    whole = ", ".join(name for name, schedule in SCHEDULES.items() if not schedule.splits_backward)
+    expected = f"a schedule that runs the backward in one part ({whole})"
+    if compile.enabled:
+        yield Problem("parallel.schedule", f"{parallel.schedule} with compile.enabled", expected, "use one, or set compile.enabled=false")
+    if memory.recompute == "selective":
+        given = f"{parallel.schedule} with memory.recompute=selective"
+        yield Problem("parallel.schedule", given, expected, "use one, or memory.recompute=full: what selective keeps can be read once")
 
 
 def _over_stages(names: set[str], mesh: Mesh) -> frozenset[str]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from torchft.dtypes import DTYPES
 from torchft.errors import Problem
 from torchft.models.decoder import Decoder
-from torchft.parallel.mesh import Mesh
+from torchft.parallel.mesh import FsdpConfig, Mesh
 
 DtypeName = Literal["fp32", "bf16", "fp64"]
 
@@ -49,14 +49,26 @@ class PrecisionConfig:
         return DTYPES[self.compute or self.params]
 
 
-def apply_fsdp(model: Decoder, mesh: Mesh, cfg: PrecisionConfig, *, reshard_after_forward: bool) -> None:
+def apply_fsdp(model: Decoder, mesh: Mesh, cfg: PrecisionConfig, fsdp: FsdpConfig, *, reshard_after_forward: bool) -> None:
     """Shards each block and then the root (embedding, final norm, heads), in place."""
     reduce = DTYPES[cfg.reduce] if cfg.reduce else (torch.float32 if cfg.compute_dtype.itemsize < 4 else None)
     policy = MixedPrecisionPolicy(param_dtype=cfg.compute_dtype if cfg.is_mixed else None, reduce_dtype=reduce)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if fsdp.cpu_offload else OffloadPolicy()
+    options = {"mesh": mesh.fsdp, "mp_policy": policy, "offload_policy": offload}
     for block in model.layers.values():
-        fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, **options, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, **options, reshard_after_forward=False)
+    _prefetch(list(model.layers.values()), fsdp)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which the factor alone would use
+
+
+def _prefetch(blocks: list[FSDPModule], fsdp: FsdpConfig) -> None:
+    """Each block asks for the parameters of the next ones of its pass before it computes."""
+    for i, block in enumerate(blocks):
+        if fsdp.forward_prefetch:
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + fsdp.forward_prefetch])
+        if fsdp.backward_prefetch > 1:  # 1 is FSDP2's own
+            block.set_modules_to_backward_prefetch(blocks[max(0, i - fsdp.backward_prefetch) : i][::-1])

@@ -10,7 +10,6 @@ go together in any combination; tests/dist holds each equal to one process (the 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,6 +18,8 @@ from torchft.batch import Group
 from torchft.compat import flatten_mesh, join_meshes, set_timeout
 from torchft.errors import ConfigError, Problem
 from torchft.models.spec import ModelSpec
+from torchft.parallel.schedules import ScheduleName, num_stages
+from torchft.parallel.stages import check_split
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -27,6 +28,14 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 class FsdpConfig:
     reshard_after_forward: bool | None = None  # free gathered parameters between forward and backward; null: yes, but not under pp
     sync_every_micro_batch: bool = False  # reduce gradients after each micro-batch: no whole gradients (4 bytes a parameter) are kept
+    forward_prefetch: int = 0  # blocks whose parameters are asked for before a block's forward begins; 0: each when its turn comes
+    backward_prefetch: int = 1  # blocks asked for ahead in backward; more hides slower links and holds more memory
+    cpu_offload: bool = False  # parameters, gradients and optimizer state in host memory; the optimizer's step runs there
+
+    def check(self) -> Iterator[Problem]:
+        for key, least in (("forward_prefetch", 0), ("backward_prefetch", 1)):
+            if getattr(self, key) < least:
+                yield Problem(f"parallel.fsdp.{key}", str(getattr(self, key)), f"a number of blocks >= {least}", f"use {least}")
 
 
 @dataclass
@@ -34,9 +43,11 @@ class ParallelConfig:
     dp_replicate: int = 1  # replicas of the sharded model (HSDP)
     dp_shard: int = -1  # fully sharded data parallelism (FSDP2); -1: all remaining processes
     cp: int = 1  # context parallelism (not yet built: 1)
-    tp: int = 1  # tensor parallelism; must divide the heads and the vocabulary
+    tp: int = 1  # tensor parallelism; must divide num_heads and intermediate_size, and divide num_kv_heads or be a multiple of it
     pp: int = 1  # pipeline stages
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # pipeline schedule; gpipe keeps the activations of all micro-batches
+    schedule: ScheduleName = "1f1b"  # pipeline schedule; `torchft schedule` draws it
+    pp_stages_per_rank: int = 2  # stages on each rank under the interleaved schedules (zbv and dualpipev have 2, the others 1)
+    pp_split: list[int] = field(default_factory=list)  # layers of each stage by hand; empty: by cost, the head counted
     sequence_parallel: bool = True  # under tp, shard the tokens between blocks (memory); the numbers are the same
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)  # options of FSDP2
     timeout_s: float = 600.0  # a collective that takes longer ends the run
@@ -49,6 +60,8 @@ class ParallelConfig:
                 yield Problem(f"parallel.{axis}", str(degree), "a whole number >= 1", "use 1 to switch the axis off")
         if self.cp != 1:
             yield Problem("parallel.cp", str(self.cp), "1: context parallelism is not built yet", "use parallel.tp or shorter sequences")
+        if self.pp_stages_per_rank < 1:
+            yield Problem("parallel.pp_stages_per_rank", str(self.pp_stages_per_rank), "a whole number >= 1", "use 2")
         for key, usual in (("timeout_s", 600), ("step_timeout_s", 300)):
             if getattr(self, key) <= 0:
                 yield Problem(f"parallel.{key}", str(getattr(self, key)), "seconds > 0", f"use {usual}")
@@ -114,30 +127,35 @@ def check_degrees(degrees: dict[str, int], spec: ModelSpec, cfg: ParallelConfig)
     if degrees["cp"] > 1:
         yield Problem("parallel.cp", str(degrees["cp"]), "1: context parallelism is not built yet", "use parallel.tp or shorter sequences")
     tp, pp = degrees["tp"], degrees["pp"]
-    sizes = {
-        "num_heads": spec.attention.num_heads,
-        "num_kv_heads": spec.attention.num_kv_heads,
-        "intermediate_size": spec.mlp.intermediate_size,
-        "vocab_size": spec.vocab_size,
-    }
-    for name, size in sizes.items():
-        if size % tp:
-            legal = [d for d in range(1, size + 1) if all(s % d == 0 for s in sizes.values())]
-            other = f"pad the vocabulary by model.vocab.multiple_of={tp}" if name == "vocab_size" else "raise parallel.dp_shard instead"
-            yield Problem("parallel.tp", str(tp), f"a divisor of {name}={size}", f"use one of {legal}, or {other}")
-            break
+    if expected := _refused(tp, spec):
+        legal = [d for d in range(1, spec.attention.num_heads + 1) if not _refused(d, spec)]
+        yield Problem("parallel.tp", str(tp), expected, f"use one of {legal}, or raise parallel.dp_shard instead")
     if tp > 1 and set(spec.heads) != {"lm"}:
         yield Problem("parallel.tp", str(tp), 'a model whose only head is "lm"', "use parallel.tp=1")
     if pp > 1 and cfg.fsdp.sync_every_micro_batch:
         yield Problem(
             "parallel.fsdp.sync_every_micro_batch", "true with parallel.pp", "false", "set it to false: a pipeline reduces once a step"
         )
-    if pp > spec.num_layers:
-        yield Problem("parallel.pp", str(pp), f"at most num_layers={spec.num_layers}", f"use parallel.pp <= {spec.num_layers}")
+    if pp > 1:
+        yield from check_split(spec, num_stages(cfg.schedule, pp, cfg.pp_stages_per_rank), cfg.pp_split)
+
+
+def _refused(tp: int, spec: ModelSpec) -> str | None:
+    """What the model expects of a tensor-parallel degree that it does not allow."""
+    num_heads, kv, size = spec.attention.num_heads, spec.attention.num_kv_heads, spec.mlp.intermediate_size
+    if num_heads % tp:
+        return f"a divisor of num_heads={num_heads}"
+    if kv % tp and tp % kv:
+        return f"a divisor or a multiple of num_kv_heads={kv}"
+    if size % tp:
+        return f"a divisor of intermediate_size={size}"
+    if (tp - 1) * -(-spec.vocab_size // tp) >= spec.vocab_size:
+        return f"rows of vocab_size={spec.vocab_size} for every rank"
+    return None
 
 
 def build_mesh(degrees: dict[str, int], device: torch.device, *, mixed: bool = False, timeout_s: float | None = None) -> Mesh:
-    """The mesh over the default process group. One process is the identity, unless `mixed` precision asks for a mesh of size 1.
+    """The mesh over the default process group. One process is the identity, unless `mixed` precision or offload asks for a mesh of size 1.
 
     timeout_s: of every axis's collectives; None: the backend's default.
     """

@@ -48,7 +48,8 @@ class Parts:
         return self.modules[-1].last
 
     def named_parameters(self, *, copies: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-        """Global names and parameters of this rank; the last stage's copy of a tied embedding only with `copies`."""
+        """Global names and parameters of this rank; the last stage's copy of a tied embedding only with `copies`, under the same name
+        even where one rank holds both."""
         for module in self.modules:
             for name, parameter in module.named_parameters():
                 if copies or not (name == "embed_tokens.weight" and not module.first):
@@ -163,7 +164,7 @@ class Parts:
         box = [sorted(metrics)]
         if self.pipeline:
             line = dist.get_process_group_ranks(self.mesh.group("pp"))
-            dist.broadcast_object_list(box, src=line[-1], group=self.mesh.group("pp"), device=self.mesh.device)
+            dist.broadcast_object_list(box, src=line[self.pipeline.last_rank], group=self.mesh.group("pp"), device=self.mesh.device)
         return box[0]
 
     def _reduce_dp(self, x: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Pipeline parallelism: which rank builds which layers, and a driver that runs a schedule over whole Batches.
 
-    stage 0: embed, layers 0..k --hidden (b, t, d)--> stage 1: layers k+1.., norm, heads, loss
+    stage 0: embed, layers 0..k --hidden (b, t, d)--> stage 1: layers k+1.., --> ... last stage: layers .., norm, heads, loss
 
 Each micro-batch is one Batch; the loss runs inside the last stage and gives (1,). Shapes are static: torch's dynamic inference would
 run the loss once more on garbage and crash at a new sequence length. A tied head needs the embedding on the first and on the last
-stage: their gradients are summed after backward, and only the first counts in norms and checkpoints.
+stage, which schedules in the shape of a v put on one rank: their gradients are summed after backward, and only the first counts in
+norms and checkpoints.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,49 +17,51 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 
 from torchft.batch import Batch, Group
-from torchft.compat import run_microbatches
+from torchft.compat import forward_schedule, run_microbatches
 from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.spec import ModelSpec
-from torchft.parallel.mesh import Mesh
+from torchft.parallel.mesh import Mesh, ParallelConfig
+from torchft.parallel.schedules import SCHEDULES, Schedule, num_stages
+from torchft.parallel.stages import stage_ranges
 
 MAX_SCHEDULES = 4  # kept at once; each holds receive buffers for its shape
-SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 
 
-def stage_ranges(num_layers: int, num_stages: int) -> list[range]:
-    """The layers of each stage, contiguous, sizes differing by at most one, later stages (which have the head) the smaller."""
-    small, extra = divmod(num_layers, num_stages)
-    bounds = [0]
-    for stage in range(num_stages):
-        bounds.append(bounds[-1] + small + (stage < extra))
-    return [range(lo, hi) for lo, hi in itertools.pairwise(bounds)]
-
-
-def build_stages(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, core: str = "auto") -> list[Decoder]:
-    """This rank's stages, on meta. core: the attention core."""
-    stage, count = mesh.rank("pp"), mesh.degrees["pp"]
-    layers = stage_ranges(spec.num_layers, count)[stage]
-    return [build_decoder(spec, layers, first=stage == 0, last=stage == count - 1, core=core, dtype=dtype)]
+def build_stages(
+    spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, core: str = "auto", parallel: ParallelConfig | None = None
+) -> list[Decoder]:
+    """This rank's stages, ascending, on meta. core: the attention core. parallel: schedule and split; None: its defaults."""
+    parallel = parallel or ParallelConfig()
+    pp = mesh.degrees["pp"]
+    count = num_stages(parallel.schedule, pp, parallel.pp_stages_per_rank) if pp > 1 else 1
+    ranges = stage_ranges(spec, count, parallel.pp_split if pp > 1 else ())
+    mine = SCHEDULES[parallel.schedule].stages_of(mesh.rank("pp"), pp, count) if pp > 1 else [0]
+    return [build_decoder(spec, ranges[i], first=i == 0, last=i == count - 1, core=core, dtype=dtype) for i in mine]
 
 
 @dataclass
 class Pipeline:
-    """Runs this rank's stage. The last few schedules are kept by (shape, number of micro-batches, mode)."""
+    """Runs this rank's stages. The last few schedules are kept by (shape, number of micro-batches, mode)."""
 
-    module: Decoder
+    modules: Sequence[Decoder]
     mesh: Mesh
-    schedule: str
+    parallel: ParallelConfig
     compute_dtype: torch.dtype
-    timeout_s: float = 600.0
     tokens_over: int = 1  # tp ranks among which the stream's tokens are dealt (sequence parallelism)
 
     def __post_init__(self):
+        pp, cfg = self.mesh.degrees["pp"], self.parallel
+        self.schedule: Schedule = SCHEDULES[cfg.schedule]
+        self.num_stages = num_stages(cfg.schedule, pp, cfg.pp_stages_per_rank)
+        self.stage_ids = self.schedule.stages_of(self.mesh.rank("pp"), pp, self.num_stages)
+        assert len(self.modules) == len(self.stage_ids), "build_stages and parallelize were given different schedules"
+        self.last_rank = self.schedule.rank_of(self.num_stages - 1, pp, self.num_stages)  # along pp
         self._built: dict[tuple, Any] = {}
-        self.tied_group = self._tied_group()
+        self._tied_group = self._group_of_tied()
 
     def run(
         self, batches: Sequence[Batch], reduces: Sequence[Callable], *, backward: bool, noises: Sequence[Tensor | None] | None = None
@@ -75,45 +77,59 @@ class Pipeline:
             if len(self._built) >= MAX_SCHEDULES:
                 del self._built[next(iter(self._built))]
             self._built[key] = self._build(*key)
-        args = [(batch.tokens,) if self.module.first else () for batch in batches]
+        args = [(batch.tokens,) if self.modules[0].first else () for batch in batches]
         each = zip(batches, reduces, noises or [None] * len(batches), strict=True)
         kwargs = [{"layout": b.layout(), "positions": b.positions, "reduce": reduce, "noise": noise} for b, reduce, noise in each]
         run_microbatches(self._built[key], args, kwargs, list(batches) if backward else None)
 
     def sum_tied_gradient(self) -> None:
         """Adds up the embedding's gradient over the first and the last stage; both hold the sum afterwards."""
-        if self.tied_group is not None and self.module.embed_tokens.weight.requires_grad:
-            grad = self.module.embed_tokens.weight.grad
-            dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=self.tied_group)
+        ends = [module.embed_tokens.weight for module in self.modules if module.spec.tie_embeddings and (module.first or module.last)]
+        if not ends or not ends[0].requires_grad:
+            return
+        grads = [weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad for weight in ends]
+        if len(grads) == 2:  # both stages are on this rank
+            grads[1].copy_(grads[0].add_(grads[1]))
+        else:
+            dist.all_reduce(grads[0], group=self._tied_group)
 
     def _build(self, b: int, t: int, num_microbatches: int, backward: bool):
+        stages = [self._stage(module, index, b, t, backward) for module, index in zip(self.modules, self.stage_ids, strict=True)]
+        options = {"loss_fn": lambda total, batch: total.sum(), "scale_grads": False}
+        if backward:
+            several = issubclass(self.schedule.cls, PipelineScheduleMulti)
+            return self.schedule.cls(stages if several else stages[0], num_microbatches, **options)
+        if len(stages) == 1:
+            return ScheduleGPipe(stages[0], num_microbatches)
+        pp = self.mesh.degrees["pp"]
+        return forward_schedule(stages, num_microbatches, {rank: self.schedule.stages_of(rank, pp, self.num_stages) for rank in range(pp)})
+
+    def _stage(self, module: Decoder, index: int, b: int, t: int, backward: bool) -> PipelineStage:
+        """One stage with static shapes, for micro-batches (b, t)."""
+
         def hidden(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=self.compute_dtype, device="meta", requires_grad=backward)
 
-        d, last = self.module.spec.hidden_size, self.module.last
-        stream = (b, t // self.tokens_over, d)
+        stream = (b, t // self.tokens_over, module.spec.hidden_size)
         wide = torch.promote_types(self.compute_dtype, torch.float32)
-        stage = PipelineStage(
-            self.module,
-            self.mesh.rank("pp"),
-            self.mesh.degrees["pp"],
+        return PipelineStage(
+            module,
+            index,
+            self.num_stages,
             self.mesh.device,
-            input_args=torch.empty(b, t, dtype=torch.int64, device="meta") if self.module.first else hidden(*stream),
-            output_args=torch.empty(1, dtype=wide, device="meta", requires_grad=backward) if last else hidden(*stream),
+            input_args=torch.empty(b, t, dtype=torch.int64, device="meta") if module.first else hidden(*stream),
+            output_args=torch.empty(1, dtype=wide, device="meta", requires_grad=backward) if module.last else hidden(*stream),
             group=self.mesh.group("pp"),
         )
-        if not backward:
-            return ScheduleGPipe(stage, num_microbatches)
-        return SCHEDULES[self.schedule](stage, num_microbatches, loss_fn=lambda total, batch: total.sum(), scale_grads=False)
 
-    def _tied_group(self) -> Group | None:
+    def _group_of_tied(self) -> Group | None:
         """The group of the first and the last stage of this pipeline; made on all ranks, as new groups must be."""
-        if not self.module.spec.tie_embeddings:
+        if not self.modules[0].spec.tie_embeddings or self.last_rank == 0:
             return None
         lines = self.mesh.device_mesh.mesh.flatten(1).t().tolist()  # ranks of each pipeline, first stage first
         mine = None
         for line in lines:
-            group = dist.new_group([line[0], line[-1]], timeout=timedelta(seconds=self.timeout_s))
-            if dist.get_rank() in (line[0], line[-1]):
+            group = dist.new_group([line[0], line[self.last_rank]], timeout=timedelta(seconds=self.parallel.timeout_s))
+            if dist.get_rank() in (line[0], line[self.last_rank]):
                 mine = group
         return mine

@@ -29,7 +29,7 @@ PLAN: Plan = (
     ("embed_positions", "positions"),
     ("layers.*.input_layernorm", "norm"),
     ("layers.*.self_attn", "gather"),
-    ("layers.*.self_attn.[qkv]_proj", "column"),
+    ("layers.*.self_attn.q_proj", "column"),
     ("layers.*.self_attn.[qk]_norm", "head_norm"),
     ("layers.*.self_attn.o_proj", "row"),
     ("layers.*.mlp", "gather"),
@@ -37,6 +37,8 @@ PLAN: Plan = (
     ("layers.*.mlp.up_proj", "column"),
     ("layers.*.mlp.down_proj", "row"),
 )
+
+KV_SHARDED: Plan = (("layers.*.self_attn.[kv]_proj", "column"),)
 
 NORMS: dict[str, Plan] = {  # by ModelSpec.block, whose norms of one name stand in different places
     "pre": (("layers.*.post_attention_layernorm", "norm"),),
@@ -54,17 +56,23 @@ ROLE_INDEX = {"column": 0, "embedding": 0, "row": 1}
 def apply_tp(model: Decoder, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
     """Shards one stage over the tp axis, in place; parameters may be on meta. Trainability is kept."""
     stream: Placement = Shard(1) if sequence_parallel else Replicate()
+    kv_heads = model.spec.attention.num_kv_heads
+    plan = PLAN + NORMS[model.spec.block] + (KV_SHARDED if kv_heads % mesh.size() == 0 else ())
     for name, module in list(model.named_modules()):
-        for pattern, role in PLAN + NORMS[model.spec.block]:
+        for pattern, role in plan:
             if fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
                 check_cut(name, module, mesh.size(), ROLE_INDEX.get(role))
                 _distribute(module, mesh, role, stream)
+    if kv_heads % mesh.size():
+        for block in model.layers.values():
+            _share_kv(block.self_attn.k_proj, mesh, kv_heads)
+            _share_kv(block.self_attn.v_proj, mesh, kv_heads)
     if not model.last:
         return
     _distribute(model.norm, mesh, "norm", stream)
     model.norm.register_forward_hook(lambda module, args, out: _whole_hidden(out))
-    rows = model.spec.vocab_size // mesh.size()
-    model.lm_head.vocab = VocabShard(mesh.get_local_rank() * rows, model.spec.num_tokens, mesh.get_group())
+    rows = -(-model.spec.vocab_size // mesh.size())  # the last rank's may be fewer
+    model.lm_head.vocab = VocabShard(mesh.get_local_rank() * rows, model.spec.num_tokens, mesh.get_group(), rows)
     if model.lm_head.weight is not None:
         _partition(model.lm_head, mesh, 0)
 
@@ -96,6 +104,20 @@ def _partition(module: nn.Module, mesh: DeviceMesh, index: int | None) -> None:
         placement = Replicate() if dim is None else Shard(dim)
         sharded = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+
+
+def _share_kv(projection: nn.Module, mesh: DeviceMesh, num_kv_heads: int) -> None:
+    """Fewer kv heads than ranks: each rank makes all of them (the weights are whole) and goes on with the one its queries attend by.
+
+    A head's gradient is a sum over the ranks that share it, so that of the output, and of the weight, is a part.
+    """
+    _partition(projection, mesh, None)
+    head, part = mesh.get_local_rank() * num_kv_heads // mesh.size(), [Partial()]
+
+    def own(module: nn.Module, args: tuple, y: DTensor) -> Tensor:
+        return y.to_local(grad_placements=part).chunk(num_kv_heads, dim=-1)[head]  # (b, t, head_dim)
+
+    projection.register_forward_hook(own)
 
 
 def _dims(module: nn.Module, index: int | None) -> dict[str, int | None]:

@@ -95,9 +95,9 @@ def float_of(x: Tensor) -> Tensor:
     return x.view(torch.float32)
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges of whole rows of about CHUNK_ELEMENTS."""
-    step = max(1, CHUNK_ELEMENTS // columns)
+def row_chunks(rows: int, columns: int, *, elements: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges of whole rows of about `elements` numbers (None: CHUNK_ELEMENTS)."""
+    step = max(1, (elements or CHUNK_ELEMENTS) // columns)
     return ((lo, min(lo + step, rows)) for lo in range(0, rows, step))
 
 

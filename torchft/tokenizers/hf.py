@@ -85,12 +85,17 @@ class HfTokenizer:
         self._prefixes_sections = after_cut.startswith(("▁", "Ġ"))  # Llama's old way: a space before each stretch of text
 
     def encode(self, text: str) -> list[int]:
-        check_whole([text])
-        ids = self._tok.encode(text, add_special_tokens=False).ids  # without offsets, which cost as much as the encoding
-        found = np.array(ids, np.int32)
-        if (self._is_special[found] | self._is_separator[found]).any():
-            return self.encode_parts([text]).ids.tolist()
-        return ids
+        return self.encode_texts([text])[0].tolist()
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each as `encode`, (n,) int32, by all of the library's threads and without holding Python's. Raises DataError as `encode` does."""
+        check_whole(texts)
+        encodings = self._tok.encode_batch_fast(texts, add_special_tokens=False)  # without offsets, which cost as much as the encoding
+        found = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [ids if self._is_text(ids) else self.encode_parts([text]).ids for text, ids in zip(texts, found, strict=True)]
+
+    def _is_text(self, ids: np.ndarray) -> bool:
+        return not (self._is_special[ids] | self._is_separator[ids]).any()
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         pieces = self.encode_parts([text])
@@ -111,11 +116,15 @@ class HfTokenizer:
         stretches = [[] if self._prefixes_sections else self._stretches(parts) for parts in chats]
         flats = ["".join(flat for flat, _, _ in chat) for chat in stretches]
         encodings = self._tok.encode_batch_fast(flats, add_special_tokens=False)
+        ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        together = self._pieces_by_part(stretches, ids)
+        if together is not None:
+            return together
         out = []
-        for parts, chat, encoding, name in zip(chats, stretches, encodings, names, strict=True):
-            pieces = self._pieces_by_part(chat, np.array(encoding.ids, np.int32))
+        for parts, chat, found, name in zip(chats, stretches, ids, names, strict=True):
+            alone = self._pieces_by_part([chat], [found])
             try:
-                out.append(self.encode_parts(parts) if pieces is None else pieces)
+                out += alone or [self.encode_parts(parts)]
             except DataError as error:
                 raise DataError(f"{name}: {error}") from error
         return out
@@ -182,22 +191,38 @@ class HfTokenizer:
             self._check_joints(parts, pieces)
         return pieces, clean
 
-    def _pieces_by_part(self, stretches: list[tuple[str, int, int | None]], ids: np.ndarray) -> Pieces | None:
-        """The tokens with the spans of their stretches; None where only offsets tell them, or the text needs a second look."""
-        is_separator = self._is_separator[ids]
-        places = np.flatnonzero(is_separator)
-        separators = [k for k, (_, _, i) in enumerate(stretches) if i is not None]
-        if not stretches or len(places) != len(separators) or self._is_special[ids].any():
+    def _pieces_by_part(self, chats: list[list[tuple[str, int, int | None]]], ids: list[np.ndarray]) -> list[Pieces] | None:
+        """The tokens of chats, each with the span of its stretch; None where only offsets tell them, or a text needs a second look."""
+        flat = np.concatenate(ids)
+        is_separator = self._is_separator[flat]
+        first = np.cumsum([0, *map(len, ids)])  # (chats + 1,): where each chat's tokens begin
+        passed = np.cumsum(np.concatenate([[0], is_separator]))  # (tokens + 1,): separators before each token
+        tokens: list[int] = []  # of all separators
+        starts: list[int] = []  # of the texts: before the first separator of a chat, and after each of its separators
+        ends: list[int] = []
+        expected = []
+        for stretches in chats:
+            at = 0
+            starts.append(0)
+            for _, length, token in stretches:
+                if token is not None:
+                    tokens.append(token)
+                    ends.append(at)
+                    starts.append(at + length)
+                at += length
+            ends.append(at)
+            expected.append(len(tokens))
+        if not all(chats) or passed[first[1:]].tolist() != expected or self._is_special[flat].any():
             return None
-        at = np.cumsum([0, *(length for _, length, _ in stretches)])
-        bounds = np.array([(at[k], at[k + 1]) for k in separators], np.int64).reshape(-1, 2)  # (separators, 2)
-        edges = np.concatenate([[0], bounds.ravel(), at[-1:]]).reshape(-1, 2)  # (separators + 1, 2): the text between them
-        passed = np.cumsum(is_separator)
-        spans = edges[passed]
-        spans[places] = bounds
-        ids[places] = [stretches[k][2] for k in separators]
-        keep = ids >= 0
-        return Pieces(ids[keep], spans[keep, 0], spans[keep, 1])
+        text = passed[1:] + np.repeat(np.arange(len(ids)), np.diff(first))  # (tokens,): the one a token is in, or that follows it
+        places, of_texts = np.flatnonzero(is_separator), np.array([starts, ends])
+        spans = of_texts[:, text]  # (2, tokens)
+        spans[:, places] = of_texts[1, text[places] - 1], of_texts[0, text[places]]  # between the texts at its sides
+        flat[places] = tokens
+        keep = flat >= 0  # all but the cuts
+        kept = np.concatenate([[0], np.cumsum(keep)])[first].tolist()
+        flat, spans = flat[keep], spans[:, keep]
+        return [Pieces(flat[lo:hi], spans[0, lo:hi], spans[1, lo:hi]) for lo, hi in pairwise(kept)]
 
     def _stretches(self, parts: Sequence[Part]) -> list[tuple[str, int, int | None]]:
         """(flat text, length in the parts joined, id of the separator's token or -1 for a cut or None for text)."""

@@ -82,7 +82,7 @@ def export_merged(cfg, checkpoint: Path, folder: Path) -> None:
 def check_adapter(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     """What does not fit the model, and what does not go with an adapter."""
     try:
-        yield from check_first_stage(adapter_names(cfg.adapter, spec), spec, mesh)
+        yield from check_first_stage(adapter_names(cfg.adapter, spec), spec, mesh, cfg.parallel)
     except ConfigError as error:
         yield from error.problems
     except CheckpointError as error:

@@ -9,7 +9,9 @@ from torchft.log import get_logger
 from torchft.models.layers.attend import check_core
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import check_rules
+from torchft.parallel.apply import check_split_backward
 from torchft.parallel.mesh import Mesh, check_degrees
+from torchft.parallel.schedules import fits, legal_counts
 from torchft.train.adapter import adapter_names, check_adapter
 from torchft.train.freeze import check_freeze, trained_names
 from torchft.train.quantised import check_quant
@@ -22,6 +24,7 @@ PURE_BF16_LR = 1e-4  # at 1e-5 AdamW moves only a sixth of what it should: a bf1
 def check_job(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     """Every problem of this config with this model on these processes."""
     yield from check_degrees(mesh.degrees, spec, cfg.parallel)
+    yield from check_split_backward(mesh, cfg.parallel, cfg.memory, cfg.compile)
     yield from check_core(cfg.model.attention, spec.attention, mesh.device.type, cfg.precision.compute_dtype)
     yield from _check_lengths(cfg, spec, mesh)
     yield from _check_batches(cfg, mesh)
@@ -81,10 +84,11 @@ def _check_batches(cfg, mesh: Mesh) -> Iterator[Problem]:
         yield from error.problems
         return
     pp = mesh.degrees["pp"]
-    if count < pp:
-        least = pp * mesh.dp_size * cfg.train.micro_batch_size
-        expected = f"at least parallel.pp={pp} micro-batches a step, to fill the pipeline; this gives {count}"
-        yield Problem("train.global_batch_size", str(cfg.train.global_batch_size), expected, f"use {least} or a multiple of it")
+    if pp > 1 and not fits(cfg.parallel.schedule, pp, count):
+        legal = legal_counts(cfg.parallel.schedule, pp, count)
+        expected = f"a number of micro-batches a step that {cfg.parallel.schedule} takes on {pp} ranks: {legal}; this gives {count}"
+        sizes = [n * mesh.dp_size * cfg.train.micro_batch_size for n in legal]
+        yield Problem("train.global_batch_size", str(cfg.train.global_batch_size), expected, f"use one of {sizes}")
 
 
 def _check_validation(cfg) -> Iterator[Problem]:

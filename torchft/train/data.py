@@ -24,8 +24,8 @@ from torchft.data.mixture import build_mixture
 from torchft.data.sources import SourceConfig, mapping_of, open_records, resolve
 from torchft.data.streaming import VirtualStreams
 from torchft.data.templates import Template, Thinking, build_template
-from torchft.data.text import TextConfig, TextDataConfig, encode_document, open_documents
-from torchft.data.tokenize import all_roles, encode_all, encode_record
+from torchft.data.text import TextConfig, TextDataConfig, encode_document, encode_documents, open_documents
+from torchft.data.tokenize import all_roles, encode_all, encode_record, encode_records
 from torchft.data.truncation import truncate
 from torchft.data.types import Encoded, Message
 from torchft.dist import World
@@ -233,8 +233,7 @@ def encode_with_roles(
         whole = encode_for(source, text, cfg)(record, where)
         made, roles = {"text": whole} if whole else {}, {"text": None}
     else:
-        source = resolve(source)
-        how = {"template": text.template, "format": source.format, "mapping": mapping_of(source), "masks": cfg.masks}
+        how = _how(source, text, cfg)
         made, roles = encode_all(record, where, **how), all_roles(record, where, **how)
     for kind, encoded in made.items():
         yield kind, encoded, roles[kind] or ["document"] * len(encoded.ids)
@@ -244,18 +243,25 @@ def encode_for(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> 
     """(record, where) -> tokens of this source, in full length."""
     if isinstance(source, TextConfig):
         return partial(encode_document, text_key=source.text_key, tokenizer=text.tokenizer)
-    source = resolve(source)
-    return partial(encode_record, template=text.template, format=source.format, mapping=mapping_of(source), masks=cfg.masks)
+    return partial(encode_record, **_how(source, text, cfg))
 
 
 def _encoding(source: Source, text: Text, cfg: DataConfig | TextDataConfig) -> dict[str, Any]:
     """How records become tokens, and the key of that, still without the source's digest."""
     plan: dict[str, Any] = {"encode": encode_for(source, text, cfg)}
     if isinstance(source, TextConfig):  # documents are kept whole, so that one cache serves every seq_len
-        return plan | {"key": CacheKey("", "text", text.tokenizer.digest, "", 0, "none")}
+        batch = partial(encode_documents, text_key=source.text_key, tokenizer=text.tokenizer)
+        return plan | {"encode_batch": batch, "key": CacheKey("", "text", text.tokenizer.digest, "", 0, "none")}
     masks = json.dumps(asdict(cfg.masks), sort_keys=True)
     return plan | {
+        "encode_batch": partial(encode_records, **_how(source, text, cfg)),
         "key": CacheKey("", masks, text.tokenizer.digest, text.template.digest, cfg.seq_len, cfg.truncation),
         "truncate": lambda encoded, where: truncate(encoded, cfg.seq_len, cfg.truncation, where, keep_end=cfg.masks.replies == "last"),
         "max_dropped_share": cfg.max_dropped_share,
     }
+
+
+def _how(source: SourceConfig, text: Text, cfg: DataConfig) -> dict[str, Any]:
+    """How a source of chats is read and encoded: the keywords of tokenize.py's functions."""
+    source = resolve(source)
+    return {"template": text.template, "format": source.format, "mapping": mapping_of(source), "masks": cfg.masks}

@@ -17,8 +17,9 @@ from torchft.dist import on_rank_0
 from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import build_decoder
 from torchft.models.spec import ModelSpec
-from torchft.parallel.mesh import Mesh
-from torchft.parallel.pp import stage_ranges
+from torchft.parallel.mesh import Mesh, ParallelConfig
+from torchft.parallel.schedules import num_stages
+from torchft.parallel.stages import check_split, stage_ranges
 from torchft.train.quantised import describe_quant
 
 
@@ -34,14 +35,17 @@ def check_freeze(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     except ConfigError as error:
         yield from error.problems
         return
-    yield from check_first_stage(trained, spec, mesh)
+    yield from check_first_stage(trained, spec, mesh, cfg.parallel)
 
 
-def check_first_stage(trained: Iterable[str], spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
+def check_first_stage(trained: Iterable[str], spec: ModelSpec, mesh: Mesh, parallel: ParallelConfig) -> Iterator[Problem]:
     """A pipeline needs something to train on its first stage."""
     if mesh.degrees["pp"] == 1:
         return
-    layers = stage_ranges(spec.num_layers, mesh.degrees["pp"])[0]
+    count = num_stages(parallel.schedule, mesh.degrees["pp"], parallel.pp_stages_per_rank)
+    if any(check_split(spec, count, parallel.pp_split)):
+        return  # told by check_degrees
+    layers = stage_ranges(spec, count, parallel.pp_split)[0]
     first = {name for name, _ in build_decoder(spec, layers, first=True, last=False).named_modules()}
     if not any(name.rpartition(".")[0] in first for name in trained):
         expected = f"something to train on the first stage (embed_tokens, layers 0 to {layers[-1]})"

@@ -6,6 +6,7 @@ What an option changes about a step (noise, loss scale, smaller micro-batches) i
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 from torch.optim import Optimizer
@@ -19,6 +20,7 @@ from torchft.errors import ConfigError, Problem
 from torchft.faults import fire
 from torchft.log import get_logger
 from torchft.models.spec import ModelSpec
+from torchft.parallel.ledger import Ledger
 from torchft.parallel.parts import MicroBatchTooLarge, Parts
 from torchft.train.data import Rows, Text, validation_passes
 from torchft.train.early_stop import EarlyStop
@@ -50,6 +52,7 @@ class Job:
     spikes: Spikes | None = None  # what judges a step's loss
     neftune: tuple[float, int] | None = None  # alpha and seed
     prompts: list[list[int]] = field(default_factory=list)  # token ids of validate.prompts
+    ledger: bool = False  # each step tells its communication
 
     def next_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of `step`, which must be the loader's next."""
@@ -66,7 +69,9 @@ class Job:
         limits = {"max_norm": max_norm, "nonfinite": nonfinite, "scaler": self.scaler, "spikes": self.spikes}
         while True:
             try:
-                return train_step(self.parts, batches, self.loss, self.optimizer, **limits)
+                with Ledger(self.parts.mesh) if self.ledger else nullcontext() as ledger:
+                    stats = train_step(self.parts, batches, self.loss, self.optimizer, **limits)
+                return replace(stats, traffic=ledger.totals()) if ledger else stats
             except MicroBatchTooLarge:
                 smaller = self._smaller_micro_batch(step)
             batches = self._noisy(self.loader.repeat_step(smaller), step)

@@ -30,7 +30,7 @@ def has_quant(cfg) -> bool:
 
 def quant_of(cfg) -> QuantConfig:
     """A recipe's section `quant`; of one without it, that of no format."""
-    return getattr(cfg, "quant", None) or QuantConfig()
+    return cfg.quant if has_quant(cfg) else QuantConfig()
 
 
 def stored_of(cfg, spec: ModelSpec) -> StoredFormat | None:

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ logger = log.get_logger(__name__)
 @dataclass
 class DebugConfig:
     deterministic: bool = False  # only algorithms that give the same bits every time (CUDA); slower, and an error where there is none
+    ledger: bool = False  # log each axis's collectives, bytes and seconds (rank 0's); waits for each of them, so steps are slower
 
 
 STOPPED = 75  # exit code: asked to stop, and saved
@@ -66,7 +67,7 @@ class Run:
         log.setup(int(dist.environment("RANK", "0")), cfg.metrics.level.upper())
         self.cfg = cfg
         self.world = dist.init_world(cfg.device, cfg.parallel.timeout_s)
-        mixed, timeout_s = cfg.precision.is_mixed, cfg.parallel.timeout_s
+        mixed, timeout_s = cfg.precision.is_mixed or cfg.parallel.fsdp.cpu_offload, cfg.parallel.timeout_s
         if mixed:
             dist.ensure_group(self.world, timeout_s)
         torch.set_float32_matmul_precision(cfg.precision.matmul)
@@ -174,6 +175,7 @@ class Run:
                 mfu=self._mfu(timing.tokens_per_s),
                 memory_gib=peak_gib(self.world.device),
                 data_wait_s=timing.data_wait_s,
+                **{f"comm/{axis}/{key}": value for axis, line in stats.traffic.items() for key, value in asdict(line).items()},
             )
             self.sinks.write(row, timing.eta_s)
         self._count_skip(step, stats)

@@ -193,6 +193,7 @@ def build_job(cfg, run: Run) -> Job:
         spikes=spikes,
         neftune=(cfg.train.neftune, cfg.seed) if cfg.train.neftune else None,
         prompts=encode_prompts(cfg.validate.prompts, text),
+        ledger=cfg.debug.ledger,
     )
 
 
@@ -253,7 +254,7 @@ def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     """The parallelised model, allocated, its values not yet set."""
     core = choose_core(cfg.model.attention, spec.attention)
     log.info("attention: %s", core)
-    modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core)
+    modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core, cfg.parallel)
     quantise(cfg, spec, modules)
     if adapter := getattr(cfg, "adapter", None):
         apply_lora(modules, lora_of(adapter, spec))

@@ -8,7 +8,7 @@ the number of ranks can't change the gradient.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torchft.batch import Across, Batch, Heads, Loss
 from torchft.dist import gather_objects
 from torchft.errors import NumericError, Problem
+from torchft.parallel.ledger import Line
 from torchft.parallel.parts import Metrics, Parts, add_up
 from torchft.train.scaler import LossScaler
 from torchft.train.spikes import Spikes
@@ -47,6 +48,7 @@ class StepStats:
     skipped: str = ""  # why the weights did not move; "" if they did
     overflow: bool = False  # skipped because fp16 overflowed: expected now and then
     samples: tuple[str, ...] = ()  # of a step that was skipped, over all ranks: those to look at
+    traffic: dict[str, Line] = field(default_factory=dict)  # this rank's communication by axis, with debug.ledger
 
 
 def train_step(
