@@ -23,6 +23,7 @@ VERBS = {
     "report": ("torchft.cli.report", "write a run's report.html: curves, config, data, checkpoints, warnings"),
     "compare": ("torchft.cli.compare", "several runs side by side: final numbers, differing settings, curves"),
     "ckpt": ("torchft.cli.ckpt", "list, show, verify, compare, prune or keep a run's checkpoints"),
+    "chaos": ("torchft.cli.chaos", "train under faults, scripted or random, and report what they cost"),
     "chat": ("torchft.cli.chat", "talk to a model in the terminal"),
     "generate": ("torchft.cli.generate", "continue the prompts of a file"),
     "convert": ("torchft.cli.convert", "write a model as a complete HF folder"),

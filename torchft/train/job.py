@@ -17,6 +17,7 @@ from torchft.data.cache import TokenCache
 from torchft.data.loader import DataConfig, Loader
 from torchft.data.text import TextDataConfig
 from torchft.errors import ConfigError, Problem
+from torchft.faults import fire
 from torchft.log import get_logger
 from torchft.models.spec import ModelSpec
 from torchft.parallel.ledger import Ledger
@@ -55,7 +56,10 @@ class Job:
 
     def next_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of `step`, which must be the loader's next."""
-        return self._noisy(self.loader.next_step(), step)
+        batches = self.loader.next_step()
+        if fire("batch", step=step):
+            batches[0].weights.masked_fill_(batches[0].weights > 0, float("nan"))
+        return self._noisy(batches, step)
 
     def train_step(self, step: int, batches: list[Batch], *, max_norm: float | None, nonfinite: NonFinite) -> StepStats:
         """train/step.py's with these batches of `step`; with train.auto_micro_batch again in smaller ones until they fit.

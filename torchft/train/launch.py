@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,12 +47,16 @@ def command_line(recipe: Path, argv: list[str], processes: Processes) -> list[st
     return [*torchrun, "--shutdown_timeout", str(SHUTDOWN_S), str(recipe), *argv]
 
 
-def launch(command: list[str], per_node: int) -> int:
-    """Runs the command to its end; the recipe's exit code. The first SIGTERM, SIGUSR1 or Ctrl-C asks it to save and stop."""
-    with tempfile.TemporaryDirectory() as folder:
+def launch(command: list[str], per_node: int, *, output: Path | None = None, **environment: str) -> int:
+    """Runs the command to its end; the recipe's exit code. The first SIGTERM, SIGUSR1 or Ctrl-C asks it to save and stop.
+
+    output: a file for what it prints (default: where this process prints); environment: variables over those of this process.
+    """
+    with tempfile.TemporaryDirectory() as folder, output.open("wb") if output else nullcontext() as printed:
         codes = Path(folder) / "exit_codes"
         # A session of its own: a Ctrl-C of the terminal reaches this process alone, which passes it on once.
-        process = subprocess.Popen(command, env=child_environment(**{EXIT_CODES: str(codes)}), start_new_session=True)
+        env = child_environment(**{EXIT_CODES: str(codes)}, **environment)
+        process = subprocess.Popen(command, env=env, stdout=printed, stderr=printed and subprocess.STDOUT, start_new_session=True)
         asked: list[int] = []
 
         def pass_on(number: int, frame: object) -> None:
