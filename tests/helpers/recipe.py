@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tests.helpers.dist import run_dist
+from torchft.checkpoint.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "debug" / "tiny.yaml"
@@ -50,3 +51,9 @@ def rows(output_dir: Path) -> list[dict]:
     """Training rows of metrics.jsonl."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def state_hashes(output_dir: Path, step: int) -> dict[str, str]:
+    """The hashes of all weights and optimizer state in a checkpoint's files: the same layout and bits give the same files."""
+    files = read_manifest(output_dir / "checkpoints" / f"step_{step:08d}").files
+    return {name: info.sha256 for name, info in files.items() if name != "state.json"}
