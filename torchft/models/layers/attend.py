@@ -35,7 +35,7 @@ class SdpaCore(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor | None) -> Tensor:
         """q (b, heads, tq, head_dim), k and v (b, kv_heads, tk, head_dim) -> (b, heads, tq, head_dim)."""
-        grouped = q.shape[1] != k.shape[1]
+        grouped = bool(q.shape[1] != k.shape[1])  # no SymBool, where compiled code sees several numbers of heads
         if grouped and prepared is not None and q.is_cuda:  # CUDA's fused kernels take a mask or grouped heads, not both
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             grouped = False
@@ -80,7 +80,7 @@ class FlexCore(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: BlockMask) -> Tensor:
         """As SdpaCore."""
         attend = _compiled_flex() if q.is_cuda else flex_attention
-        grouped = q.shape[1] != k.shape[1]
+        grouped = bool(q.shape[1] != k.shape[1])  # no SymBool, where compiled code sees several numbers of heads
         return attend(q, k, v, score_mod=self.score_mod, block_mask=prepared, scale=self.scale, enable_gqa=grouped)
 
 
@@ -113,7 +113,7 @@ class VarlenCore(nn.Module):
         b, heads = q.shape[:2]
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (b * t, heads or kv_heads, head_dim)
         behind = -1 if window is None else window - 1  # how far back a token sees; -1: to its document's first
-        grouped = heads != k.shape[1]
+        grouped = bool(heads != k.shape[1])
         y = self.attend(q, k, v, bounds, bounds, longest, longest, scale=self.scale, window_size=(behind, 0), enable_gqa=grouped)
         return y.unflatten(0, (b, -1)).transpose(1, 2)
 
