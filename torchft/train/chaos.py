@@ -52,6 +52,7 @@ class Report:
     finished: bool = False
     equal: bool = False
     losses_equal: bool = False
+    last_words: str = ""  # the end of the last attempt's log, if the run did not finish
     differing: dict[str, tuple[float, float]] = field(default_factory=dict)  # tensor -> max|b - a|, relative
 
     @property
@@ -83,6 +84,8 @@ def run_chaos(
     report.goodput = {run.name: _goodput(run) for run in (calm, stormy)}
     if report.finished:
         _compare(calm, stormy, report)
+    else:
+        report.last_words = "\n".join((out / f"attempt_{len(codes)}.log").read_text(errors="replace").splitlines()[-20:])
     return report
 
 
@@ -232,14 +235,14 @@ def as_text(report: Report) -> str:
         seconds = ["-" if s is None else f"{s:.1f} s" for s in (one.detected_s, one.recovered_s)]
         table.append((f.kind + (f" ({f.point})" if f.point else ""), str(f.step), str(f.rank), str(one.steps_lost), *seconds, one.note))
     widths = [max(len(row[i]) for row in table) for i in range(6)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip((*row, ""), (*widths, 0), strict=False)) + row[6] for row in table]
+    lines = ["  ".join([*(f"{cell:<{width}}" for cell, width in zip(row[:6], widths)), row[6]]) for row in table]
     calm, stormy = report.wall_s["undisturbed"], report.wall_s["disturbed"]
     ratios = ", ".join(f"{name} {'-' if ratio is None else f'{ratio:.1%}'}" for name, ratio in report.goodput.items())
     lines += [f"attempts    {len(report.attempts)}, exit codes {', '.join(map(str, report.attempts))}"]
     lines += [f"time        {calm:.1f} s undisturbed, {stormy:.1f} s disturbed; {report.steps_lost} steps made again"]
     lines += [f"goodput     {ratios} of the time in steps that count"]
     if not report.finished:
-        lines += ["outcome     NOT RECOVERED: the last attempt died of none of these faults; its log says of what"]
+        lines += ["outcome     NOT RECOVERED: the last attempt died of none of these faults:", report.last_words]
     elif report.equal:
         lines += ["outcome     equal to the undisturbed run: every bit of model and optimizer, every loss"]
     else:
