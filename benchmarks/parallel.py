@@ -62,7 +62,7 @@ def measure(degrees: dict[str, int], rows: int, t: int, rounds: int) -> dict:
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    with Ledger(mesh) as ledger:
+    with Ledger(mesh, parts.pipeline) as ledger:
         step()
     traffic = {axis: (line.count, line.bytes, line.seconds) for axis, line in ledger.totals().items()}
     return {"seconds": statistics.median(seconds[1:]), "traffic": traffic}  # the first step warms up

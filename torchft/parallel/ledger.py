@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchft.parallel.mesh import AXES, Mesh
+from torchft.parallel.pp import Pipeline
 
 SENDS, RECEIVES = {"send"}, {"recv_", "recv_any_source_"}
 SILENT = {"wait_tensor", "barrier", "monitored_barrier_"}
@@ -34,10 +35,10 @@ class Line:
 class Ledger(TorchDispatchMode):
     """Counts while it is entered. Groups of one process move nothing and are left out; what runs over all ranks is "world"."""
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, pipeline: Pipeline | None = None):
         super().__init__()
         self.lines: dict[tuple[str, str], Line] = defaultdict(Line)  # by axis and operation
-        self._axes = _axes(mesh)
+        self._axes = _axes(mesh, pipeline)
 
     def totals(self) -> dict[str, Line]:
         """By axis: world, dp, fsdp, dp_replicate, tp, pp."""
@@ -64,14 +65,15 @@ class Ledger(TorchDispatchMode):
         return out
 
 
-def _axes(mesh: Mesh) -> dict[str, str]:
-    """Group name -> axis, of the groups with more than one process."""
+def _axes(mesh: Mesh, pipeline: Pipeline | None) -> dict[str, str]:
+    """Group name -> axis, of the groups with more than one process. The two ends of a pipeline with a tied embedding count as pp."""
     groups = {"world": dist.group.WORLD} if dist.is_initialized() else {}
     if mesh.device_mesh is not None:
         groups |= {axis: mesh.axis(axis).get_group() for axis in AXES}
         groups["dp"] = mesh.dp.get_group()
         groups |= {axis: mesh.fsdp[axis].get_group() for axis in mesh.fsdp.mesh_dim_names}
-    return {group.group_name: axis for axis, group in groups.items() if group.size() > 1}
+    axes = {group.group_name: axis for axis, group in groups.items() if group.size() > 1}
+    return axes if pipeline is None or pipeline.tied_group is None else axes | {pipeline.tied_group.group_name: "pp"}
 
 
 def _group_name(args: list) -> str | None:

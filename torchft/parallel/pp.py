@@ -61,7 +61,7 @@ class Pipeline:
         assert len(self.modules) == len(self.stage_ids), "build_stages and parallelize were given different schedules"
         self.last_rank = self.schedule.rank_of(self.num_stages - 1, pp, self.num_stages)  # along pp
         self._built: dict[tuple, Any] = {}
-        self._tied_group = self._group_of_tied()
+        self.tied_group = self._group_of_tied()
 
     def run(
         self, batches: Sequence[Batch], reduces: Sequence[Callable], *, backward: bool, noises: Sequence[Tensor | None] | None = None
@@ -91,7 +91,7 @@ class Pipeline:
         if len(grads) == 2:  # both stages are on this rank
             grads[1].copy_(grads[0].add_(grads[1]))
         else:
-            dist.all_reduce(grads[0], group=self._tied_group)
+            dist.all_reduce(grads[0], group=self.tied_group)
 
     def _build(self, b: int, t: int, num_microbatches: int, backward: bool):
         stages = [self._stage(module, index, b, t, backward) for module, index in zip(self.modules, self.stage_ids, strict=True)]

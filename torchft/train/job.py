@@ -69,7 +69,7 @@ class Job:
         limits = {"max_norm": max_norm, "nonfinite": nonfinite, "scaler": self.scaler, "spikes": self.spikes}
         while True:
             try:
-                with Ledger(self.parts.mesh) if self.ledger else nullcontext() as ledger:
+                with Ledger(self.parts.mesh, self.parts.pipeline) if self.ledger else nullcontext() as ledger:
                     stats = train_step(self.parts, batches, self.loss, self.optimizer, **limits)
                 return replace(stats, traffic=ledger.totals()) if ledger else stats
             except MicroBatchTooLarge:
