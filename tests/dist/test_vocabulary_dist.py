@@ -70,9 +70,8 @@ def test_layout_equals_one_process(tmp_path, layout, tied):
     assert files[0] == files[1]
 
 
-def test_a_size_that_does_not_divide_is_refused_with_the_fix():
-    """Without padding tensor parallelism can't cut it, and the error says what to set."""
+def test_a_size_that_does_not_divide_needs_no_padding():
+    """Tensor parallelism cuts it unevenly (test_tp_uneven.py holds the numbers), so nothing is refused."""
     spec = resize_spec(tiny_llama(), VocabConfig(size=BASE_SIZE + 3))
     cfg = ParallelConfig(tp=2)
-    problems = list(check_degrees(resolve_degrees(cfg, 2), spec, cfg))
-    assert [p.fix.rpartition(", or ")[2] for p in problems] == ["pad the vocabulary by model.vocab.multiple_of=2"]
+    assert spec.vocab_size % 2 and not list(check_degrees(resolve_degrees(cfg, 2), spec, cfg))

@@ -16,7 +16,7 @@ from torchft.models.spec import ModelSpec
 @dataclass
 class VocabConfig:
     size: int | None = None  # tokens the model has: more than its file has rows gives new ones; null: as many as the file
-    multiple_of: int = 1  # the rows are padded to a multiple of this, so that parallel.tp divides them; padding is never predicted
+    multiple_of: int = 1  # the rows are padded to a multiple of this, which gives even parts under parallel.tp; padding is never predicted
     noise: float = 0.0  # new rows are the mean of the file's, plus normal noise of so many standard deviations
 
     def check(self) -> Iterator[Problem]:
