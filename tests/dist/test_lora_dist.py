@@ -95,10 +95,10 @@ def all_kinds(world: int, parallel: dict, wrapped: bool) -> dict:
     return {(kind, dtype): train(world, parallel, kind, dtype, wrapped=wrapped) for kind, dtype in RUNS}
 
 
-FULL = pytest.mark.full  # of `make test-full`: what the others are made of
+FULL = pytest.mark.full  # of `make test-full`: what the others are made of, and what compiles each model anew
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=FULL if world == 8 else ()) for name, (world, _) in LAYOUTS.items()])
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=FULL if world == 8 or "compile" in name else ()) for name, (world, _) in LAYOUTS.items()])
 def test_layouts_equal_one_process(layout: str) -> None:
     """Every gradient of step 1, every adapter weight after step 5 and every loss: fp64 to 1e-9, fp32 to 1e-5."""
     world, parallel = LAYOUTS[layout]
