@@ -39,6 +39,7 @@ def run(original: Path, tmp_path: Path) -> Path:
 
 def ckpt(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
     """Exit code and what is printed, to either stream."""
+    capsys.readouterr()  # what saving said before
     code = main(["ckpt", *map(str, words)])
     out = capsys.readouterr()
     return code, out.out + out.err
