@@ -87,12 +87,14 @@ def show_sample(source: str, where: str, whole: Encoded, kept: Encoded | None, *
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """The text of each token; of the bytes of one character only the last has it."""
-    texts, shown = [], ""
+    texts: list[str] = []
+    begin = read = 0  # ids[begin:read] are shown already: decoded again, since spaces depend on what is before
     for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:end], skip_special=False)  # from the beginning: spaces depend on what is before
+        whole = tokenizer.decode(ids[begin:end], skip_special=False)
         waits = whole.endswith("\ufffd") and end < len(ids)
-        texts.append("" if waits else whole[len(shown) :])
-        shown = shown if waits else whole
+        texts.append("" if waits else whole[len(tokenizer.decode(ids[begin:read], skip_special=False)) :])
+        if not waits:
+            begin, read = read, end
     return texts
 
 
