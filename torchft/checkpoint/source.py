@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from torchft.checkpoint.adapters import Adapter, merged, open_adapter
+from torchft.checkpoint.adapters import Adapter, merged, merged_spec, open_adapter
 from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.gguf import GgufFile
 from torchft.checkpoint.hf import weight_shapes
@@ -35,7 +35,7 @@ from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.spec import ModelSpec
 from torchft.models.vocabulary import VocabConfig, resize_spec, without_padding
 from torchft.peft.inits import STARTS_AT_WEIGHTS, starting_factors
-from torchft.peft.lora import LoraConfig
+from torchft.peft.lora import LoraConfig, with_new_tokens
 from torchft.quant.swap import QuantConfig
 from torchft.tokenizers.load import load_tokenizer
 from torchft.tokenizers.protocol import Tokenizer
@@ -87,7 +87,7 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
     vocab = VocabConfig(**(model.get("vocab") or {}))
     new_rows, trained = NewRows(spec, int(config.get("seed") or 0), vocab.noise), resize_spec(spec, vocab)
     shapes, saved = weight_shapes(trained), read_index(path / "model")
-    adapter = _adapter(path, saved, config)
+    adapter = _adapter(path, saved, config, spec, trained)
     _check_fit(path, origin, shapes, {name: info for name, info in saved.items() if ".lora_" not in name})
     frozen = [name for name in shapes if name not in saved]
     if frozen and (base is None or recorded.get("sha256") != hash_weights(base)):
@@ -98,7 +98,7 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
     kept = open_base(base, trained, new_rows=new_rows, quant=quant) if frozen and base is not None else {}
     held = {name: _trained(path / "model", name, saved[name]) if name in saved else kept[name] for name in shapes}
     held = merged(held, _with_start(adapter, held, config)) if adapter else held
-    spec = without_padding(trained)
+    spec = without_padding(merged_spec(trained, adapter) if adapter else trained)
     tensors = {name: cut(held[name], shape[0]) for name, shape in weight_shapes(spec).items()}
     return ModelSource(spec, tensors, _run_assets(config, base))
 
@@ -135,8 +135,11 @@ def recorded_base(path: Path, recorded: dict[str, str]) -> Path:
     return Path(named)
 
 
-def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any]) -> Adapter | None:
-    """The adapter a checkpoint holds, None without one; its factors stand in the run's config, or in the files it started from."""
+def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any], base: ModelSpec, trained: ModelSpec) -> Adapter | None:
+    """The adapter a checkpoint holds, None without one; its factors stand in the run's config, or in the files it started from.
+
+    base, trained: the specs without and with the run's new tokens.
+    """
     names = [name for name in saved if ".lora_" in name]
     if not names:
         return None
@@ -145,10 +148,10 @@ def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any]) -
     if not section:
         raise CheckpointError(f"{path} holds an adapter, but its run's config.yaml is not there\n  fix: put the run folder together again")
     tensors = {name: _trained(path / "model", name, saved[name]) for name in names}
-    if not start:
-        return Adapter(tensors, factors_of(LoraConfig(**section), names))
-    base = read_config(recorded_base(path, {}), packed=True)[0]
-    return Adapter(tensors, open_adapter(Path(start), base).factors)
+    if start:
+        return replace(open_adapter(Path(start), trained), tensors=tensors)
+    cfg = LoraConfig(**section)
+    return Adapter(tensors, factors_of(cfg, names), tokens=tuple(with_new_tokens(cfg, base, trained)))
 
 
 def _with_start(adapter: Adapter, base: dict[str, LazyTensor], config: dict[str, Any]) -> Adapter:
@@ -157,7 +160,7 @@ def _with_start(adapter: Adapter, base: dict[str, LazyTensor], config: dict[str,
     if section.get("path") or section.get("init") not in STARTS_AT_WEIGHTS:
         return adapter
     tensors = dict(adapter.tensors)
-    for module, factor in adapter.factors.items():
+    for module, factor in ((module, factor) for module, factor in adapter.factors.items() if module != "embed_tokens"):
         names = f"{module}.lora_a", f"{module}.lora_b"
         (rank, _), dtype = tensors[names[0]].shape, tensors[names[0]].dtype  # that of the run's weights and factors
         pair = starting_factors(section["init"], base[f"{module}.weight"].read(()).to(dtype), rank, factor)

@@ -3,6 +3,8 @@
     default      A uniform, B 0 (peft/lora.py)                         gaussian     A normal with std 1 / rank, B 0
     orthogonal   A and B of orthogonal halves, so that B A is 0         pissa, olora A0 and B0 of the base (below), adapter B A - B0 A0
 
+The embedding's adapter has A 0 and B normal whatever `init`, as PEFT's; copies and rows begin as what they stand for.
+
 PiSSA (Meng et al. 2024) and OLoRA (Buyukakyuz 2024) take B0 A0 out of W in their papers; here W stays and B0 A0 is subtracted from the
 adapter, which is the same function: the base keeps its hash, may be quantised, and the export is plain LoRA of rank 2r.
 """
@@ -15,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from torchft.dist import keyed_generator, shard_indices
 from torchft.models.init import fill_blocks
+from torchft.peft.copies import init_copies
 from torchft.peft.dora import DoraMixin, adapted_norm
+from torchft.peft.ends import RowsMixin
 from torchft.peft.linear import LoraMixin
 from torchft.peft.lora import LoraConfig, init_lora
 
@@ -28,6 +32,9 @@ def init_adapters(roots: Iterable[nn.Module], cfg: LoraConfig, seed: int) -> Non
         for name, module in root.named_modules():
             if isinstance(module, LoraMixin):
                 _init_factors(name, module, cfg, seed)
+            elif isinstance(module, RowsMixin) and "lora_rows" in module._parameters:
+                copy_part(module.lora_rows, whole(module.weight)[list(module.lora_tokens)])
+        init_copies(root)
         init_magnitudes(root)
 
 
@@ -71,7 +78,7 @@ def _init_factors(name: str, module: LoraMixin, cfg: LoraConfig, seed: int) -> N
         rank = module.lora_a.shape[0]
         fill_blocks(f"{name}.lora_a", module.lora_a, lambda shape, g: torch.empty(shape).normal_(0.0, 1 / rank, generator=g), seed)
     elif cfg.init == "orthogonal":
-        a, b = _orthogonal(name, (module.out_features, module.in_features), module.lora_a.shape[0], seed)
+        a, b = _orthogonal(name, (len(module.lora_b), module.lora_a.shape[1]), len(module.lora_a), seed)
         copy_part(module.lora_a, a)
         copy_part(module.lora_b, b)
     elif cfg.starts_at_weights:
