@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests.dist.test_lora_dist import SEED, compare, full
 from tests.helpers.dist import run_pooled
 from tests.helpers.tiny import global_steps, of_rank, tiny_llama
 from torchft.batch import Batch, NoiseKey, SampleId
+from torchft.checkpoint.adapters import load_adapter, save_adapter
 from torchft.losses.cross_entropy import CrossEntropy
 from torchft.models.init import fill_blocks, init_weights
 from torchft.parallel.apply import parallelize
@@ -46,18 +48,25 @@ def keyed(batch: Batch, step: int) -> Batch:
     return replace(batch, ids=ids, pieces=(((0, t),),) * b, noise=NoiseKey(0.0, SEED, step))
 
 
-def train(world: int, parallel: dict, kind: str, recompute: bool = False) -> tuple[dict, dict, list[float]]:
-    """Gradients of the first step, weights after the third, losses."""
+def build(world: int, parallel: dict, kind: str, recompute: bool = False):
+    """Parts with their first values, and the adapter's config."""
     tied, options = KINDS[kind]
-    spec, cfg, lora = tiny_llama(tied=tied, qkv_bias=True, num_layers=2), ParallelConfig(**parallel), LoraConfig(rank=4, **options)
+    spec, cfg = tiny_llama(tied=tied, qkv_bias=True, num_layers=2), ParallelConfig(**parallel)
+    lora = LoraConfig(rank=4, **options)
     mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
     modules = build_stages(spec, mesh, torch.float64)
     apply_lora(modules, lora)
     memory = MemoryConfig(recompute="full" if recompute else "none")
     parts = parallelize(modules, mesh, cfg, precision=PrecisionConfig(params="fp64"), memory=memory)
-    named = list(parts.named_parameters(copies=True))
-    init_weights(((n, p) for n, p in named if ".lora_" not in n), spec, SEED)
+    init_weights(((n, p) for n, p in parts.named_parameters(copies=True) if ".lora_" not in n), spec, SEED)
     init_adapters(parts.modules, lora, SEED)
+    return parts, lora
+
+
+def train(world: int, parallel: dict, kind: str, recompute: bool = False) -> tuple[dict, dict, list[float]]:
+    """Gradients of the first step, weights after the third, losses."""
+    parts, lora = build(world, parallel, kind, recompute)
+    named, mesh = list(parts.named_parameters(copies=True)), parts.mesh
     for name, p in named:
         if name.endswith((".lora_a", ".lora_b")) and lora.init == "default":  # away from zero: no gradient is zero by construction
             fill_blocks(name, p, lambda shape, g: torch.empty(shape).normal_(0, 0.1, generator=g), SEED)
@@ -94,3 +103,32 @@ def test_layouts_equal_one_process(layout: str) -> None:
     for kind in KINDS if layout in FULL else list(KINDS)[:-1]:
         ranks = run_pooled(train, world, world, parallel, kind, "recompute" in layout)
         compare(ranks, alone(kind), "fp64", f"{layout}: {kind}")
+
+
+def files(world: int, parallel: dict, kind: str, folder: Path, source: Path | None = None) -> None:
+    """Writes the adapter: its first values and a tenth, or what `source` holds."""
+    parts, lora = build(world, parallel, kind)
+    spec, named = parts.modules[0].spec, [(n, p) for n, p in parts.named_parameters(copies=True) if p.requires_grad]
+    lora.init = "default"  # its start is no part of what is compared
+    if source is not None:
+        load_adapter(source, spec, named)
+    else:
+        with torch.no_grad():
+            for _, p in named:
+                p.add_(0.1)
+    held = [(n, p) for n, p in parts.named_parameters() if p.requires_grad]
+    save_adapter(folder, spec, held, lora, base={"path": "base", "sha256": ""})
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+def test_files_in_and_out_of_layouts(tmp_path: Path, layout: str) -> None:
+    """Each layout writes the file that one process writes, and what it reads it writes again, bit for bit."""
+    parallel = {} if layout == "dp2" else {layout[:2]: 2}
+    for i, kind in enumerate(KINDS):
+        one, two, again = (tmp_path / f"{name}{i}" for name in ("one", "two", "again"))
+        files(1, {}, kind, one)
+        run_pooled(files, 2, 2, parallel, kind, two)
+        run_pooled(files, 2, 2, parallel, kind, again, one)
+        for other in (two, again):
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                assert (one / name).read_bytes() == (other / name).read_bytes(), f"{layout}: {kind}: {other.name} {name}"
