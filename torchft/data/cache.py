@@ -207,7 +207,7 @@ def open_cache(folder: Path) -> TokenCache:
 def _write_part(part: Path, rows: Iterable[Row], truncate: Truncate | None, max_bad_records: int, beat: Beat) -> None:
     """Writes encoded records as raw arrays: a part is read back by this run alone."""
     counts, lengths, indices, binary, size, bad = Counts(), array("q"), array("q"), True, 0, []
-    with open(part / "ids", "wb") as ids, open(part / "weights", "wb") as weights:
+    with open(part / "ids", "wb", CHUNK) as ids, open(part / "weights", "wb", CHUNK) as weights:
         for index, made, where in rows:
             beat(counts.total)
             if isinstance(made, DataError):

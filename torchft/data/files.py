@@ -96,7 +96,7 @@ def suffix_of(path: str | Path) -> str:
 @contextmanager
 def open_plain(path: str) -> Iterator[BinaryIO]:
     """A file's bytes, unpacked on the way if they are compressed. Raises DataError at a damaged file."""
-    with open(path, "rb") as raw:
+    with open(path, "rb", CHUNK) as raw:  # many records a read: each gives the interpreter lock away
         head = raw.read(4)
         raw.seek(0)
         broken: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
