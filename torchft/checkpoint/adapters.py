@@ -1,4 +1,4 @@
-"""LoRA adapters in and out of any layout, as the files that PEFT, transformers and vLLM load, and merged into their base.
+"""Adapters in and out of any layout, as the files that PEFT, transformers and vLLM load, and merged into their base.
 
 parameters on any mesh --save_adapter--> gathered --> adapter/{adapter_config.json, adapter_model.safetensors}, read back
 folder --open_adapter--> Adapter (nothing read yet) --copied--> this rank's part | --merged--> W + factor * B A, tensor by tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from torchft.checkpoint.hf import copy_weights, gather, list_items, weight_shapes
 from torchft.checkpoint.manifest import sync_folder, write_durably
+from torchft.checkpoint.method_files import MethodAdapter, does_nothing, merged_method, open_method, to_method_files
 from torchft.checkpoint.peft_files import CONFIG, KEY, WEIGHTS, WITH_PEFT, check_config, factor_in_files, rows_of, to_peft
 from torchft.checkpoint.tensor_files import LazyTensor, open_file
 from torchft.dist import agreed, on_rank_0
@@ -28,6 +29,7 @@ from torchft.models.build import FAMILIES
 from torchft.models.hf_config import read_json
 from torchft.models.keys import map_from_hf
 from torchft.models.spec import ModelSpec
+from torchft.peft.linear import is_adapter
 from torchft.peft.lora import LoraConfig
 
 ORIGIN = "torchft_adapter.json"
@@ -45,6 +47,10 @@ class Adapter:
 
     def ranks(self) -> dict[str, int]:
         return {module: self.tensors[f"{module}.lora_a"].shape[0] for module in self.factors}
+
+    def modules(self) -> list[str]:
+        """The layers it sits on."""
+        return list(self.factors)
 
     def config(self) -> LoraConfig:
         """The config that gives a model exactly these modules."""
@@ -64,12 +70,14 @@ class Adapter:
 # ---- reading
 
 
-def open_adapter(folder: Path, spec: ModelSpec) -> Adapter:
-    """A PEFT LoRA folder by our names, checked against the spec; nothing is read yet. Raises CheckpointError or ConfigError."""
+def open_adapter(folder: Path, spec: ModelSpec) -> Adapter | MethodAdapter:
+    """A PEFT folder by our names, checked against the spec; nothing is read yet. Raises CheckpointError or ConfigError."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}\n  expected: a folder of PEFT's save_pretrained\n  fix: check the path")
     config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        return replace(open_method(folder, spec, config, open_file(folder / WEIGHTS)), **_origin(folder))
     check_config(folder, config)
     halves: dict[str, dict[str, LazyTensor]] = {}
     for key, tensor in open_file(folder / WEIGHTS).items():
@@ -83,7 +91,7 @@ def open_adapter(folder: Path, spec: ModelSpec) -> Adapter:
         raise CheckpointError(f"{folder / WEIGHTS} has not exactly {expected} of {', '.join(incomplete[:4])}\n  fix: take the file again")
     shapes = weight_shapes(spec)
     places = map_from_hf(FAMILIES[spec.family].KEYS, [f"{module}.weight" for module in halves], shapes, where=str(folder))
-    adapter = Adapter({}, {}, _origin(folder).get("base"), _origin(folder).get("quant"))
+    adapter = Adapter({}, {}, **_origin(folder))
     for ours, stored in places.stored.items():
         module, pair = ours.removesuffix(".weight"), halves[stored.name.removesuffix(".weight")]
         adapter.tensors[f"{module}.lora_a"] = pair["A"]
@@ -101,9 +109,11 @@ def load_adapter(folder: Path, spec: ModelSpec, parameters: Iterable[tuple[str, 
     agreed(lambda: copy_weights(parameters, adapter.tensors))
 
 
-def merged(tensors: Mapping[str, LazyTensor], adapter: Adapter, *, wide: bool = False) -> dict[str, LazyTensor]:
+def merged(tensors: Mapping[str, LazyTensor], adapter: Adapter | MethodAdapter, *, wide: bool = False) -> dict[str, LazyTensor]:
     """The base's weights with W + factor * B A in the place of W, under DoRA its rows of the trained lengths; made when they are read,
     in fp32 at least, and rounded to the base's dtype unless `wide`."""
+    if isinstance(adapter, MethodAdapter):
+        return merged_method(tensors, adapter, wide=wide)
     out = dict(tensors)
     for module, factor in adapter.factors.items():
         name = f"{module}.weight"
@@ -116,13 +126,13 @@ def merged(tensors: Mapping[str, LazyTensor], adapter: Adapter, *, wide: bool = 
     return out
 
 
-def merge_loss(tensors: Mapping[str, LazyTensor], adapter: Adapter, dtype: torch.dtype | None) -> float:
+def merge_loss(tensors: Mapping[str, LazyTensor], adapter: Adapter | MethodAdapter, dtype: torch.dtype | None) -> float:
     """How much of the adapter's change is lost when the merged weights are rounded to `dtype` (None: the base's): the norm of the
     rounding errors over the norm of the changes."""
     lost = change = 0.0
-    for module, weight in merged(tensors, adapter, wide=True).items():
-        if module.removesuffix(".weight") in adapter.factors:
-            exact, before = weight.read(()), tensors[module].read(())
+    for name, weight in merged(tensors, adapter, wide=True).items():
+        if weight is not tensors[name]:
+            exact, before = weight.read(()), tensors[name].read(())
             lost += (exact.to(dtype or before.dtype).to(exact) - exact).double().square().sum().item()
             change += (exact - before.to(exact)).double().square().sum().item()
     return sqrt(lost / change) if change else 0.0
@@ -160,7 +170,9 @@ def _check_shapes(folder: Path, adapter: Adapter, shapes: Mapping[str, tuple[int
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    return read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+    """The base's hash and quantisation, as far as the folder says."""
+    said = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+    return {key: said.get(key) for key in ("base", "quant")}
 
 
 # ---- writing
@@ -170,7 +182,7 @@ def save_adapter(
     folder: Path,
     spec: ModelSpec,
     parameters: Iterable[tuple[str, Tensor]],
-    cfg: LoraConfig,
+    cfg: Any,
     *,
     base: Mapping[str, str],
     trained: bool = True,
@@ -180,7 +192,7 @@ def save_adapter(
     base: {path, sha256} of the model it belongs to, and {quant} if it was quantised. trained: a step with a learning rate was taken, so
     an adapter that does nothing is an error. Raises CheckpointError on every rank.
     """
-    held = {name: tensor for name, tensor in parameters if ".lora_" in name}
+    held = {name: tensor for name, tensor in parameters if is_adapter(name)}
     items = list_items(held)
     on_rank_0(lambda: _check_free(folder))
     whole = {name: gather(held.get(name), items[name]) for name in sorted(items)}
@@ -192,9 +204,10 @@ def _check_free(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is not empty\n  fix: choose another folder, or remove it first")
 
 
-def _write(folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], cfg: LoraConfig, base: Mapping[str, str], trained: bool) -> None:
+def _write(folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], cfg: Any, base: Mapping[str, str], trained: bool) -> None:
     """Rank 0's part."""
-    peft, config = to_peft(spec, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, cfg)
+    files = to_peft if isinstance(cfg, LoraConfig) else to_method_files
+    peft, config = files(spec, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, cfg)
     config["base_model_name_or_path"] = base["path"]
     temporary = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(parents=True)
@@ -222,5 +235,8 @@ def _problems(folder: Path, spec: ModelSpec, written: Mapping[str, Tensor], trai
     values = {name: tensor.read(()) for name, tensor in adapter.tensors.items()}
     if bad := [name for name, value in values.items() if not value.isfinite().all()]:
         yield f"numbers that are not finite in {bad[0]}"
-    if trained and not any(value.any() for name, value in values.items() if name.endswith(".lora_b")):
+    if isinstance(adapter, MethodAdapter):
+        if trained and does_nothing(values, adapter.cfg):
+            yield "it is what it began as after training, so it does nothing"
+    elif trained and not any(value.any() for name, value in values.items() if name.endswith(".lora_b")):
         yield "every B is zero after training, so it does nothing"

@@ -97,7 +97,7 @@ def to_peft(spec: ModelSpec, tensors: Mapping[str, Tensor], cfg: LoraConfig) -> 
             out[f"{PREFIX}{place}.lora_magnitude_vector"] = _joined_magnitudes(place, members, tensors)
         ranks[place], alphas[place] = len(a), factor * (sqrt(len(a)) if cfg.rslora else len(a))
     turned = {s.transposed for s in stored.values()}
-    config = _config(ranks, alphas, _targets(spec, ranks), rslora=cfg.rslora, transposed=turned == {True})
+    config = _config(ranks, alphas, targets_in_files(spec, ranks), rslora=cfg.rslora, transposed=turned == {True})
     return out, config | {"use_dora": cfg.dora}
 
 
@@ -137,7 +137,7 @@ def _joined(
     return a, b, factor
 
 
-def _targets(spec: ModelSpec, places: Iterable[str]) -> list[str]:
+def targets_in_files(spec: ModelSpec, places: Iterable[str]) -> list[str]:
     """Module names as PEFT wants them: the last part where every layer of that name has an adapter, else the whole name."""
     rules = FAMILIES[spec.family].KEYS
     all_places = {stored_as(rules, name).name.removesuffix(".weight") for name in weight_shapes(spec) if name.endswith(".weight")}

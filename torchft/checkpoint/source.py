@@ -22,11 +22,12 @@ from torchft.checkpoint.gguf import GgufFile
 from torchft.checkpoint.hf import weight_shapes
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST, TensorInfo, hash_weights, read_manifest, read_state, verify
+from torchft.checkpoint.method_files import MethodAdapter
 from torchft.checkpoint.new_rows import NewRows, cut
 from torchft.checkpoint.peft_files import factors_of, plain_lora
 from torchft.checkpoint.quantised import open_base
 from torchft.checkpoint.reader import load_tensors, read_index
-from torchft.checkpoint.tensor_files import LazyTensor
+from torchft.checkpoint.tensor_files import LazyTensor, held_tensor
 from torchft.config.show import read_saved
 from torchft.data.templates import build_template
 from torchft.errors import CheckpointError
@@ -34,8 +35,10 @@ from torchft.models.build import read_config
 from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.spec import ModelSpec
 from torchft.models.vocabulary import VocabConfig, resize_spec, without_padding
-from torchft.peft.inits import STARTS_AT_WEIGHTS, starting_factors
+from torchft.peft.inits import STARTS_AT_WEIGHTS, first_a, starting_factors
+from torchft.peft.linear import is_adapter
 from torchft.peft.lora import LoraConfig
+from torchft.peft.methods import config_from
 from torchft.quant.swap import QuantConfig
 from torchft.tokenizers.load import load_tokenizer
 from torchft.tokenizers.protocol import Tokenizer
@@ -87,8 +90,8 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
     vocab = VocabConfig(**(model.get("vocab") or {}))
     new_rows, trained = NewRows(spec, int(config.get("seed") or 0), vocab.noise), resize_spec(spec, vocab)
     shapes, saved = weight_shapes(trained), read_index(path / "model")
-    adapter = _adapter(path, saved, config)
-    _check_fit(path, origin, shapes, {name: info for name, info in saved.items() if ".lora_" not in name})
+    adapter = _adapter(path, saved, config, trained)
+    _check_fit(path, origin, shapes, {name: info for name, info in saved.items() if not is_adapter(name)})
     frozen = [name for name in shapes if name not in saved]
     if frozen and (base is None or recorded.get("sha256") != hash_weights(base)):
         raise CheckpointError(
@@ -135,9 +138,9 @@ def recorded_base(path: Path, recorded: dict[str, str]) -> Path:
     return Path(named)
 
 
-def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any]) -> Adapter | None:
-    """The adapter a checkpoint holds, None without one; its factors stand in the run's config, or in the files it started from."""
-    names = [name for name in saved if ".lora_" in name]
+def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any], spec: ModelSpec) -> Adapter | MethodAdapter | None:
+    """The adapter a checkpoint holds, None without one; what it is stands in the run's config, or in the files it started from."""
+    names = [name for name in saved if is_adapter(name)]
     if not names:
         return None
     section = dict(config.get("adapter") or {})
@@ -145,16 +148,19 @@ def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any]) -
     if not section:
         raise CheckpointError(f"{path} holds an adapter, but its run's config.yaml is not there\n  fix: put the run folder together again")
     tensors = {name: _trained(path / "model", name, saved[name]) for name in names}
-    if not start:
-        return Adapter(tensors, factors_of(LoraConfig(**section), names))
-    base = read_config(recorded_base(path, {}), packed=True)[0]
-    return Adapter(tensors, open_adapter(Path(start), base).factors)
+    opened = open_adapter(Path(start), read_config(recorded_base(path, {}), packed=True)[0]) if start else None
+    cfg = opened.config() if opened else config_from(section)
+    if not isinstance(cfg, LoraConfig):
+        return MethodAdapter(cfg, tensors)
+    if cfg.lora_fa != "none":
+        tensors |= {name: held_tensor(a) for name, a in first_a(spec, cfg, int(config.get("seed") or 0)).items()}
+    return Adapter(tensors, opened.factors if opened else factors_of(cfg, tensors))
 
 
-def _with_start(adapter: Adapter, base: dict[str, LazyTensor], config: dict[str, Any]) -> Adapter:
+def _with_start(adapter: Adapter | MethodAdapter, base: dict[str, LazyTensor], config: dict[str, Any]) -> Adapter | MethodAdapter:
     """An adapter that began as a part of the base's weights, which is not in the checkpoint, with that part taken out again."""
     section = config.get("adapter") or {}
-    if section.get("path") or section.get("init") not in STARTS_AT_WEIGHTS:
+    if isinstance(adapter, MethodAdapter) or section.get("path") or section.get("init") not in STARTS_AT_WEIGHTS:
         return adapter
     tensors = dict(adapter.tensors)
     for module, factor in adapter.factors.items():
@@ -163,7 +169,7 @@ def _with_start(adapter: Adapter, base: dict[str, LazyTensor], config: dict[str,
         pair = starting_factors(section["init"], base[f"{module}.weight"].read(()).to(dtype), rank, factor)
         start = {f"{module}.lora_start_{half}": tensor.to(dtype) for half, tensor in zip("ab", pair)}
         for name, tensor in plain_lora({name: tensors[name].read(()) for name in names} | start).items():
-            tensors[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.__getitem__)
+            tensors[name] = held_tensor(tensor)
     return replace(adapter, tensors=tensors)
 
 

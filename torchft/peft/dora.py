@@ -22,7 +22,7 @@ class DoraMixin(LoraMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         base = super(LoraMixin, self).forward(x)
-        if not self.lora_on:
+        if not self.adapter_on:
             return base
         scale = self.lora_magnitude / self.norm()
         if self.bias is None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.init import fill_blocks
-from torchft.models.select import matches, select_modules
+from torchft.models.select import in_layers, matches, select_modules
 from torchft.peft.dora import DoraMixin
-from torchft.peft.linear import LoraMixin
+from torchft.peft.linear import LoraMixin, is_adapter
 
 
 @dataclass
@@ -28,7 +28,8 @@ class LoraConfig:
     rank: int = 8  # width of the adapter
     alpha: float = 16.0  # the adapter is multiplied by alpha / rank
     dora: bool = False  # train each output's length apart from its direction (DoRA, see peft/dora.py)
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"  # first values of A and B (peft/inits.py)
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = "default"  # first values of A and B (peft/inits.py)
+    lora_fa: Literal["none", "plain", "projected"] = "none"  # LoRA-FA: A stays as it begins, B trains (peft/lora_fa.py)
     rslora: bool = False  # multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023): large ranks learn as fast as small ones
     targets: list[str] = field(default_factory=lambda: ["*_proj"])  # globs of modules, by their last or their whole name
     exclude: list[str] = field(default_factory=list)  # globs of modules to leave out
@@ -42,6 +43,9 @@ class LoraConfig:
                 yield Problem(f"adapter.{key}", str(rank), "a whole number >= 1", "use 8 or 16")
             elif rank % 2 and self.init == "orthogonal":
                 yield Problem(f"adapter.{key}", str(rank), "an even number with adapter.init=orthogonal", "use 8 or 16")
+        if self.lora_fa != "none" and self.init not in ("default", "gaussian", "orthogonal"):
+            expected = "default, gaussian or orthogonal with adapter.lora_fa: A is not saved and is made again from the seed"
+            yield Problem("adapter.init", self.init, expected, "set adapter.init=default, or adapter.lora_fa=none")
         for key, alpha in {"alpha": self.alpha, **{f"alpha_pattern.{name}": a for name, a in self.alpha_pattern.items()}}.items():
             if not alpha > 0:
                 yield Problem(f"adapter.{key}", str(alpha), "a number > 0", "use 2 x adapter.rank")
@@ -78,7 +82,7 @@ def apply_lora(modules: Sequence[nn.Module], cfg: LoraConfig) -> None:
         module.lora_factor = cfg.factor_of(name)
         for part, trained in (("", True), ("start_", False))[: 2 if cfg.starts_at_weights else 1]:
             a, b = torch.empty(rank, module.in_features, **options), torch.empty(module.out_features, rank, **options)
-            module.register_parameter(f"lora_{part}a", nn.Parameter(a, requires_grad=trained))
+            module.register_parameter(f"lora_{part}a", nn.Parameter(a, requires_grad=trained and cfg.lora_fa == "none"))
             module.register_parameter(f"lora_{part}b", nn.Parameter(b, requires_grad=trained))
         if cfg.dora:
             module.lora_magnitude = nn.Parameter(torch.empty(module.out_features, **options))
@@ -90,11 +94,7 @@ def adapted(whole: Sequence[nn.Module], cfg: LoraConfig) -> list[str]:
         fix = "leave lm_head out of the targets"
         raise ConfigError(Problem("adapter.targets", "lm_head", "a layer with a weight of its own; the head is tied to embed_tokens", fix))
     found = [name for name, _ in select_modules(whole, cfg.targets, cfg.exclude, nn.Linear, key="adapter.targets")]
-    in_layer = {layer: [name for name in found if name.startswith(f"layers.{layer}.")] for layer in cfg.layers}
-    if empty := [str(layer) for layer, names in in_layer.items() if not names]:
-        expected = "layers that have a target, counted from 0"
-        raise ConfigError(Problem("adapter.layers", ", ".join(empty), expected, "remove them, or widen adapter.targets"))
-    chosen = [name for name in found if not cfg.layers or any(name in names for names in in_layer.values())]
+    chosen = in_layers(found, cfg.layers, key="adapter.layers")
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(cfg, key):
             if not any(matches(name, [pattern]) for name in chosen):
@@ -110,10 +110,10 @@ def lora_class_of(base: type[nn.Module], mixin: type = LoraMixin) -> type[nn.Mod
 
 
 def remove_lora(root: nn.Module) -> None:
-    """Takes all adapters off a model that is not sharded: its linear layers are what they were."""
+    """Takes all adapters off a model that is not sharded: its layers are what they were."""
     for module in root.modules():
-        if isinstance(module, LoraMixin):
-            for name in [name for name, _ in module.named_parameters(recurse=False) if name.startswith("lora_")]:
+        if hasattr(module, "lora_base"):
+            for name in [name for name, _ in module.named_parameters(recurse=False) if is_adapter(name)]:
                 delattr(module, name)
             module.__class__ = module.lora_base
 

@@ -31,8 +31,9 @@ from torchft.parallel.apply import parallelize
 from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
-from torchft.peft.lora import apply_lora
-from torchft.train.adapter import init_adapter, lora_of
+from torchft.peft.linear import is_adapter
+from torchft.peft.methods import apply_adapter
+from torchft.train.adapter import init_adapter, prepare_optimizer, shape_of, virtual_tokens
 from torchft.train.checks import check_job
 from torchft.train.data import (
     Rows,
@@ -140,13 +141,15 @@ def build_job(cfg, run: Run) -> Job:
     _raise_if_any(check_job(cfg, spec, mesh))
     text = build_text(cfg.tokenizer, cfg.model.path)
     _raise_if_any(itertools.chain(check_vocabulary(spec, text, cfg.tokenizer), check_prompts(cfg.validate.prompts, spec, text)))
-    tokens = build_tokens(cfg.data, text, world)
+    tokens = build_tokens(cfg.data, text, world, virtual_tokens(cfg, spec))
     run.record(data=data_facts(tokens.train, tokens.validation))
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     loader = build_loader(tokens.train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps or loader.num_steps(cfg.train.epochs))  # raises if it does not fit
     parts = build_parts(cfg, spec, mesh)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
+    if adapter := getattr(cfg, "adapter", None):
+        prepare_optimizer(adapter, optimizer, parts)
     early_stop = EarlyStop(cfg.validate.early_stop)
     scaler = LossScaler(cfg.precision) if cfg.precision.compute == "fp16" else None
     spikes = Spikes(cfg.train.spike) if cfg.train.spike.zscore else None
@@ -257,7 +260,7 @@ def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core, cfg.parallel)
     quantise(cfg, spec, modules)
     if adapter := getattr(cfg, "adapter", None):
-        apply_lora(modules, lora_of(adapter, spec))
+        apply_adapter(modules, shape_of(adapter, spec))
         narrow_frozen(modules, cfg.precision)
     else:
         apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
@@ -268,7 +271,7 @@ def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
 
 def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:
     """The weights a new run starts from: another run's checkpoint, a HF folder, or the seed."""
-    named = [(name, parameter) for name, parameter in parts.named_parameters(copies=True) if ".lora_" not in name]
+    named = [(name, parameter) for name, parameter in parts.named_parameters(copies=True) if not is_adapter(name)]
     if cfg.checkpoint.load:
         load_weights_only(Path(cfg.checkpoint.load), parts)
         log.info("weights of %s", cfg.checkpoint.load)
@@ -279,8 +282,8 @@ def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:
         new_rows = NewRows(read_spec(cfg.model, packed=has_quant(cfg)), cfg.seed, cfg.model.vocab.noise)
         report = load_base(cfg, spec, parts, named, new_rows)
         log.info("weights of %s: %d tensors, %.2f GiB on this rank", cfg.model.path, report.num_tensors, report.num_bytes / 2**30)
-    if adapter := getattr(cfg, "adapter", None):
-        init_adapter(adapter, spec, parts, cfg.seed)
+    if getattr(cfg, "adapter", None):
+        init_adapter(cfg, spec, parts)
 
 
 def row_multiple(mesh: Mesh) -> int:
