@@ -18,9 +18,10 @@ from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
 from torchft.parallel.pp import build_stages
 from torchft.peft.ia3 import Ia3Config
 from torchft.peft.linear import is_adapter
+from torchft.peft.llama_pro import LlamaProConfig
 from torchft.peft.lora import LoraConfig
 from torchft.peft.lora_fa import project_gradients
-from torchft.peft.methods import apply_adapter, init_adapter, num_virtual_of
+from torchft.peft.methods import apply_adapter, base_names, grown, init_adapter, num_virtual_of
 from torchft.peft.oft import OftConfig
 from torchft.peft.prefix import PrefixConfig
 from torchft.peft.vera import VeraConfig
@@ -33,6 +34,7 @@ METHODS = {
     "ia3": Ia3Config(outputs=["[qkv]_proj", "up_proj"], inputs=["o_proj", "down_proj", "gate_proj"]),
     "vera": VeraConfig(rank=6),
     "oft": OftConfig(block_size=4),
+    "llama_pro": LlamaProConfig(num_new=2),
     "prompt": PromptConfig(num_tokens=3),
     "p_tuning": PTuningConfig(num_tokens=3, hidden_size=12),
     "prefix": PrefixConfig(num_tokens=3),
@@ -43,17 +45,19 @@ LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}, "tp2-nosp": {"tp": 2, "sequence_parallel
 
 def train(world: int, parallel: dict, method: str) -> tuple[dict, dict, list[float]]:
     """Gradients of the first step, weights after the third, losses."""
-    spec, cfg, adapter = tiny_llama(qkv_bias=True), ParallelConfig(**parallel), METHODS[method]
+    base, cfg, adapter = tiny_llama(qkv_bias=True), ParallelConfig(**parallel), METHODS[method]
+    spec = grown(base, adapter)
     mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
     modules = build_stages(spec, mesh, torch.float64)
     apply_adapter(modules, adapter)
     parts = parallelize(modules, mesh, cfg, precision=PrecisionConfig(params="fp64"))
     named = list(parts.named_parameters(copies=True))
-    init_weights(((n, p) for n, p in named if not is_adapter(n)), spec, SEED)
+    stands = base_names((n for n, _ in named), base, adapter)
+    init_weights(((stands[n], p) for n, p in named if n in stands), base, SEED)
     init_adapter(parts.modules, adapter, SEED)
     move(named)
     trained = {name: p for name, p in named if p.requires_grad}
-    assert trained.keys() <= parts.trainable and all(map(is_adapter, trained))
+    assert trained.keys() <= parts.trainable and (method == "llama_pro" or all(map(is_adapter, trained)))
     optimizer = torch.optim.AdamW([{"params": list(trained.values())}], lr=1e-3, eps=1e-6, weight_decay=0.1, fused=True)
     if method == "lora_fa":
         project_gradients(optimizer, parts.modules)

@@ -25,6 +25,8 @@ METHODS = [
     ("prompt", "virtual", "num_tokens init"),
     ("p_tuning", "virtual", "num_tokens hidden_size"),
     ("prefix", "virtual", "num_tokens init"),
+    ("llama_pro", "llama_pro", "num_new"),
+    ("eva", "eva", "rho"),
 ]
 # Read only where one process in this test does not get: key -> file and text of the test that holds its effect.
 ELSEWHERE = {
@@ -41,6 +43,7 @@ ELSEWHERE = {
         for method, file, keys in METHODS
         for key in keys.split()
     },
+    "adapter.eva.batches": ("tests/recipes/test_methods_recipe.py", "adapter.eva.batches"),
     "plugins": ("tests/unit/test_config.py", "plugins"),  # config/load.py imports them
     "checkpoint.best_mode": ("tests/unit/test_store.py", "best_mode"),
     "checkpoint.overwrite": ("tests/unit/test_store.py", "overwrite"),

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.dist import run_dist
 from tests.helpers.models import make_model
 from tests.helpers.recipe import rows
 from tests.recipes.test_lora_recipe import adapter_of, argv, run
 from torchft.checkpoint.hf import open_weights
 from torchft.checkpoint.reader import read_index
+from torchft.checkpoint.tensor_files import open_file
 from torchft.cli.main import main
 from torchft.errors import ConfigError
 from torchft.models.build import read_config
@@ -84,6 +86,49 @@ def test_loftq_begins_nearer_to_the_original(tmp_path: Path, base: Path) -> None
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def test_llama_pro_makes_a_whole_model(tmp_path: Path, base: Path) -> None:
+    """2 steps and 2 more are 4, bit for bit; a checkpoint holds the new blocks alone; the exported model has them between the old ones,
+    which are the base's byte for byte; `torchft export` of the checkpoint gives the same."""
+    method = ["adapter.method=llama_pro", "adapter.llama_pro.num_new=2", *STEADY]
+    assert run(argv(tmp_path / "whole", base, "train.steps=4", *method)) == 0
+    assert run(argv(tmp_path / "part", base, "train.steps=2", *method)) == 0
+    assert run(argv(tmp_path / "part", base, "train.steps=4", *method)) == 0
+    folders = [tmp_path / name / "export" / "step_00000004" for name in ("whole", "part")]
+    assert main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "later")]) == 0
+    spec = read_config(folders[0])[0]
+    first, *others = (open_weights(folder, spec).tensors for folder in [*folders, tmp_path / "later"])
+    assert spec.num_layers == 4 and all(torch.equal(first[n].read(()), other[n].read(())) for other in others for n in first)
+    saved = read_index(tmp_path / "part" / "checkpoints" / "step_00000004" / "model")
+    assert {name.split(".")[1] for name in saved} == {"1", "3"}
+    before = open_weights(base, read_config(base)[0]).tensors
+    for name, tensor in before.items():
+        now = name.replace("layers.1.", "layers.2.")
+        assert torch.equal(tensor.read(()), first[now].read(()))
+    assert rows(tmp_path / "whole")[-1]["loss"] < rows(tmp_path / "whole")[0]["loss"]
+    assert not (tmp_path / "whole" / "adapter").exists()
+
+
+def test_eva_starts_once_for_every_layout(tmp_path: Path, base: Path) -> None:
+    """What EVA finds is a file of the run: 2 steps and 2 more are 4, bit for bit, and two ranks start from the same; ranks are dealt anew
+    and their sum stays; export and merge agree."""
+    eva = ["adapter.init=eva", "adapter.rank=4", "adapter.eva.batches=3", *STEADY]
+    assert run(argv(tmp_path / "whole", base, "train.steps=4", "export.hf=true", *eva)) == 0
+    assert run(argv(tmp_path / "part", base, "train.steps=2", *eva)) == 0
+    assert run(argv(tmp_path / "part", base, "train.steps=4", *eva)) == 0
+    assert run_dist(run, 2, argv(tmp_path / "two", base, "train.steps=1", *eva)) == [0, 0]
+    expected, got = adapter_of(tmp_path / "whole", 4), adapter_of(tmp_path / "part", 4)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    files = [tmp_path / name / "adapter" / "start" / "adapter_model.safetensors" for name in ("whole", "two")]
+    one, two = (open_file(path) for path in files)
+    assert all(torch.equal(one[name].read(()), two[name].read(())) for name in one | two)
+    ranks = [tensor.shape[0] for name, tensor in one.items() if "lora_A" in name]
+    assert len(set(ranks)) > 1 and sum(ranks) == 4 * 14
+    assert main(["merge", str(tmp_path / "whole" / "adapter" / "step_00000004"), "--out", str(tmp_path / "merged")]) == 0
+    spec = read_config(base)[0]
+    first, other = (open_weights(tmp_path / folder, spec).tensors for folder in ("whole/export/step_00000004", "merged"))
+    assert all((first[name].read(()) - other[name].read(())).norm() <= 1e-5 * first[name].read(()).norm() for name in first)
+
+
 @pytest.mark.parametrize(
     "more, expected",
     [
@@ -98,6 +143,11 @@ def test_loftq_begins_nearer_to_the_original(tmp_path: Path, base: Path) -> None
         (["adapter.method=prompt", "adapter.prompt.num_tokens=256"], "data.seq_len"),
         (["adapter.method=prefix", "train.neftune=5"], "train.neftune"),
         (["adapter.init=loftq"], "adapter.init"),
+        (["adapter.init=eva", "model.init=random"], "adapter.init"),
+        (["adapter.init=eva", "adapter.eva.rho=0.5"], "adapter.eva.rho"),
+        (["adapter.eva.rho=3"], "adapter.eva"),
+        (["adapter.method=llama_pro", "adapter.llama_pro.num_new=3"], "adapter.llama_pro.num_new"),
+        (["adapter.method=llama_pro", "adapter.llama_pro.num_new=1", "quant.format=nf4"], "quant.format"),
         (["adapter.init=pissa", "adapter.lora_fa=plain"], "adapter.init"),
     ],
 )

@@ -33,6 +33,7 @@ from torchft.peft.linear import is_adapter
 from torchft.peft.lora import LoraConfig
 
 ORIGIN = "torchft_adapter.json"
+START = Path("adapter") / "start"  # in a run's folder: what EVA found, from which the run began
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def save_adapter(
     items = list_items(held)
     on_rank_0(lambda: _check_free(folder))
     whole = {name: gather(held.get(name), items[name]) for name in sorted(items)}
-    on_rank_0(lambda: _write(folder, spec, whole, cfg, base, trained))
+    on_rank_0(lambda: write_adapter(folder, spec, whole, cfg, base, trained))
 
 
 def _check_free(folder: Path) -> None:
@@ -204,8 +205,8 @@ def _check_free(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is not empty\n  fix: choose another folder, or remove it first")
 
 
-def _write(folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], cfg: Any, base: Mapping[str, str], trained: bool) -> None:
-    """Rank 0's part."""
+def write_adapter(folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], cfg: Any, base: Mapping[str, str], trained: bool) -> None:
+    """save_adapter's part of rank 0 alone, of whole tensors."""
     files = to_peft if isinstance(cfg, LoraConfig) else to_method_files
     peft, config = files(spec, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, cfg)
     config["base_model_name_or_path"] = base["path"]

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from torchft.checkpoint.adapters import Adapter, merged, open_adapter
+from torchft.checkpoint.adapters import START, Adapter, merged, open_adapter
 from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.gguf import GgufFile
 from torchft.checkpoint.hf import weight_shapes
@@ -38,7 +38,7 @@ from torchft.models.vocabulary import VocabConfig, resize_spec, without_padding
 from torchft.peft.inits import STARTS_AT_WEIGHTS, first_a, starting_factors
 from torchft.peft.linear import is_adapter
 from torchft.peft.lora import LoraConfig
-from torchft.peft.methods import config_from
+from torchft.peft.methods import base_names, config_from, grown
 from torchft.quant.swap import QuantConfig
 from torchft.tokenizers.load import load_tokenizer
 from torchft.tokenizers.protocol import Tokenizer
@@ -89,7 +89,10 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
         spec, origin = read_config(base, packed=True)[0], str(base)
     vocab = VocabConfig(**(model.get("vocab") or {}))
     new_rows, trained = NewRows(spec, int(config.get("seed") or 0), vocab.noise), resize_spec(spec, vocab)
-    shapes, saved = weight_shapes(trained), read_index(path / "model")
+    section = config.get("adapter") or {}
+    method = config_from(section) if section and not section.get("path") else None
+    built = grown(trained, method)
+    shapes, saved = weight_shapes(built), read_index(path / "model")
     adapter = _adapter(path, saved, config, trained)
     _check_fit(path, origin, shapes, {name: info for name, info in saved.items() if not is_adapter(name)})
     frozen = [name for name in shapes if name not in saved]
@@ -99,9 +102,12 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
         )
     quant = QuantConfig(**json.loads(recorded["quant"])) if recorded.get("quant") else None
     kept = open_base(base, trained, new_rows=new_rows, quant=quant) if frozen and base is not None else {}
-    held = {name: _trained(path / "model", name, saved[name]) if name in saved else kept[name] for name in shapes}
+    held = {
+        name: _trained(path / "model", name, saved[name]) if name in saved else kept[stands]
+        for name, stands in base_names(shapes, trained, method).items()
+    }
     held = merged(held, _with_start(adapter, held, config)) if adapter else held
-    spec = without_padding(trained)
+    spec = without_padding(built)
     tensors = {name: cut(held[name], shape[0]) for name, shape in weight_shapes(spec).items()}
     return ModelSource(spec, tensors, _run_assets(config, base))
 
@@ -144,7 +150,7 @@ def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any], s
     if not names:
         return None
     section = dict(config.get("adapter") or {})
-    start = section.pop("path", None)
+    start = section.pop("path", None) or (path.resolve().parent.parent / START if section.get("init") == "eva" else None)
     if not section:
         raise CheckpointError(f"{path} holds an adapter, but its run's config.yaml is not there\n  fix: put the run folder together again")
     tensors = {name: _trained(path / "model", name, saved[name]) for name in names}

@@ -87,6 +87,7 @@ def copy_part(parameter: Tensor, value: Tensor) -> None:
 
 
 def _init_factors(name: str, module: LoraMixin, cfg: LoraConfig, seed: int, original: Callable[[str], Tensor] | None) -> None:
+    assert cfg.init != "eva", "init=eva needs batches: find_eva (peft/eva.py) gives the config and every A"
     if cfg.init == "gaussian":
         rank = module.lora_a.shape[0]
         fill_blocks(f"{name}.lora_a", module.lora_a, lambda shape, g: torch.empty(shape).normal_(0.0, 1 / rank, generator=g), seed)

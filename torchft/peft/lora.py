@@ -20,6 +20,8 @@ from torchft.models.select import in_layers, matches, select_modules
 from torchft.peft.dora import DoraMixin
 from torchft.peft.linear import LoraMixin, is_adapter
 
+Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"]
+
 
 @dataclass
 class LoraConfig:
@@ -28,7 +30,7 @@ class LoraConfig:
     rank: int = 8  # width of the adapter
     alpha: float = 16.0  # the adapter is multiplied by alpha / rank
     dora: bool = False  # train each output's length apart from its direction (DoRA, see peft/dora.py)
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = "default"  # first values of A and B (peft/inits.py)
+    init: Init = "default"  # first values of A and B (peft/inits.py); eva: of what the layers are given (peft/eva.py)
     lora_fa: Literal["none", "plain", "projected"] = "none"  # LoRA-FA: A stays as it begins, B trains (peft/lora_fa.py)
     rslora: bool = False  # multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023): large ranks learn as fast as small ones
     targets: list[str] = field(default_factory=lambda: ["*_proj"])  # globs of modules, by their last or their whole name
@@ -59,11 +61,14 @@ class LoraConfig:
         """The rank of a module's adapter."""
         return next((rank for pattern, rank in self.rank_pattern.items() if matches(name, [pattern])), self.rank)
 
+    def alpha_of(self, name: str) -> float:
+        """The alpha of a module's adapter."""
+        return next((alpha for pattern, alpha in self.alpha_pattern.items() if matches(name, [pattern])), self.alpha)
+
     def factor_of(self, name: str) -> float:
         """What a module's B A is multiplied by."""
         rank = self.rank_of(name)
-        alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if matches(name, [pattern])), self.alpha)
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
 
 
 def apply_lora(modules: Sequence[nn.Module], cfg: LoraConfig) -> None:

@@ -5,7 +5,7 @@
 A method that changes weights only in a way that a weight can carry is merged row by row; the others have no `merger`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +15,8 @@ from torchft.models.decoder import build_decoder
 from torchft.models.spec import ModelSpec
 from torchft.peft.ia3 import Ia3Config, apply_ia3, ia3_merger, init_ia3
 from torchft.peft.inits import init_adapters
+from torchft.peft.linear import is_adapter
+from torchft.peft.llama_pro import LlamaProConfig, apply_llama_pro, base_name, expanded, init_llama_pro
 from torchft.peft.lora import LoraConfig, apply_lora
 from torchft.peft.oft import OftConfig, apply_oft, init_oft, oft_merger
 from torchft.peft.prefix import PrefixConfig, apply_prefix, init_prefix
@@ -42,6 +44,7 @@ METHODS = {
     "prompt": Method(PromptConfig, apply_prompt, init_prompt),
     "p_tuning": Method(PTuningConfig, apply_p_tuning, init_p_tuning),
     "prefix": Method(PrefixConfig, apply_prefix, init_prefix),
+    "llama_pro": Method(LlamaProConfig, apply_llama_pro, init_llama_pro),
 }
 
 
@@ -71,6 +74,17 @@ def init_adapter(modules: Sequence[nn.Module], cfg: Any, seed: int) -> None:
 def num_virtual_of(cfg: Any) -> int:
     """Virtual tokens that the method puts before each document; 0 for one that puts none."""
     return cfg.num_tokens if isinstance(cfg, PromptConfig | PTuningConfig | PrefixConfig) else 0
+
+
+def grown(spec: ModelSpec, cfg: Any) -> ModelSpec:
+    """The model that is built for a base: with more layers where the method adds some. Raises ConfigError."""
+    return expanded(spec, cfg) if isinstance(cfg, LlamaProConfig) else spec
+
+
+def base_names(names: Iterable[str], base: ModelSpec, cfg: Any) -> dict[str, str]:
+    """Where the weights of the built model stand in its base, by our names; what the method adds itself is not among them."""
+    names = [name for name in names if not is_adapter(name)]
+    return {name: base_name(name, base.num_layers, cfg) if isinstance(cfg, LlamaProConfig) else name for name in names}
 
 
 def trained_names(spec: ModelSpec, cfg: Any) -> set[str]:

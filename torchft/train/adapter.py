@@ -27,22 +27,24 @@ from torchft.peft import methods
 from torchft.peft.ia3 import Ia3Config
 from torchft.peft.inits import init_adapters
 from torchft.peft.linear import is_adapter
+from torchft.peft.llama_pro import LlamaProConfig
 from torchft.peft.lora import LoraConfig
 from torchft.peft.lora_fa import project_gradients
-from torchft.peft.methods import METHODS, method_of, num_virtual_of, trained_names
+from torchft.peft.methods import METHODS, grown, num_virtual_of, trained_names
 from torchft.peft.oft import OftConfig
 from torchft.peft.prefix import PrefixConfig
 from torchft.peft.swap import linears
 from torchft.peft.vera import VeraConfig
 from torchft.peft.virtual import PromptConfig, PTuningConfig
 from torchft.train.data import Virtual
+from torchft.train.eva import EvaConfig
 from torchft.train.freeze import check_first_stage
 from torchft.train.quantised import stored_of
 
 log = get_logger(__name__)
 
 
-MethodName = Literal["lora", "ia3", "vera", "oft", "prompt", "p_tuning", "prefix"]
+MethodName = Literal["lora", "ia3", "vera", "oft", "prompt", "p_tuning", "prefix", "llama_pro"]
 
 
 @dataclass
@@ -54,6 +56,8 @@ class AdapterConfig(LoraConfig):
     prompt: PromptConfig = field(default_factory=PromptConfig)
     p_tuning: PTuningConfig = field(default_factory=PTuningConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    llama_pro: LlamaProConfig = field(default_factory=LlamaProConfig)
+    eva: EvaConfig = field(default_factory=EvaConfig)  # of adapter.init=eva
     path: str | None = None  # start from this adapter (PEFT's files), whose modules, ranks and alphas hold; null: a new one
 
     def check(self) -> Iterator[Problem]:
@@ -61,6 +65,8 @@ class AdapterConfig(LoraConfig):
         default, sections = AdapterConfig(), [name for name in METHODS if name != "lora"]
         given = [f.name for f in fields(self) if f.name != "path" and getattr(self, f.name) != getattr(default, f.name)]
         if self.path is None:
+            if self.eva != default.eva and self.init != "eva":
+                yield Problem("adapter.eva", str(self.eva), "nothing without adapter.init=eva", "set adapter.init=eva, or leave it out")
             own = [key for key in given if key not in sections] if self.method == "lora" else [self.method]
             for key in [key for key in given if key not in (*own, "method")]:
                 expected = f"nothing: adapter.method={self.method} does not read it"
@@ -85,6 +91,17 @@ def shape_of(cfg: AdapterConfig, spec: ModelSpec) -> Any:
 def adapter_names(cfg: AdapterConfig, spec: ModelSpec) -> set[str]:
     """What trains of the whole model. Raises ConfigError for a target that does not exist."""
     return trained_names(spec, shape_of(cfg, spec))
+
+
+def built_spec(cfg, base: ModelSpec) -> ModelSpec:
+    """The model that is trained; `cfg`: a recipe's config. Raises ConfigError."""
+    adapter = getattr(cfg, "adapter", None)
+    return grown(base, adapter.chosen()) if adapter and not adapter.path else base
+
+
+def is_whole_model(cfg) -> bool:
+    """True for a recipe whose method makes a model, no adapter to lie beside one."""
+    return isinstance(getattr(cfg, "adapter", None), AdapterConfig) and cfg.adapter.method == "llama_pro"
 
 
 def virtual_tokens(cfg, spec: ModelSpec) -> Virtual:
@@ -133,7 +150,13 @@ def _check_method(cfg, spec: ModelSpec, mesh: Mesh, shape: Any) -> Iterator[Prob
     if isinstance(shape, LoraConfig) and shape.init == "loftq" and (cfg.quant.format is None or stored_of(cfg, spec)):
         expected = "quant.format=nf4 or int8 over a plain model.path: LoftQ makes up for what quantising takes"
         yield Problem("adapter.init", "loftq", expected, "set quant.format=nf4, or adapter.init=default")
-    if method_of(shape).merger is None and not isinstance(shape, LoraConfig) and cfg.export.hf:
+    if isinstance(shape, LoraConfig) and shape.init == "eva" and (cfg.model.init == "random" or cfg.quant.format or stored_of(cfg, spec)):
+        expected = "a base with weights, not quantised: EVA looks at what its layers are given"
+        yield Problem("adapter.init", "eva", expected, "give a plain model.path, or set adapter.init=default")
+    if isinstance(shape, LlamaProConfig) and cfg.quant.format:
+        expected = "null with adapter.method=llama_pro: copies of quantised blocks can't be trained"
+        yield Problem("quant.format", cfg.quant.format, expected, "leave it out, or use another adapter.method")
+    if num_virtual_of(shape) and cfg.export.hf:
         yield Problem(
             "export.hf", "true", "false: virtual tokens can't be merged into weights", "set export.hf=false and load adapter/step_N"
         )
