@@ -29,9 +29,9 @@ class SampleId(NamedTuple):
 
 
 class NoiseKey(NamedTuple):
-    """What the noise on a training batch's embeddings hangs on, beside the samples' ids (parallel/noise.py)."""
+    """What the random numbers of a training batch hang on, beside the samples' ids (parallel/noise.py, peft/dropout.py)."""
 
-    alpha: float
+    alpha: float  # of NEFTune's noise on the embeddings; 0: none
     seed: int
     step: int
 
@@ -104,7 +104,7 @@ class Batch:
     plain_causal: bool  # one document a row (padding belongs to it): the mask is the causal triangle
     ids: tuple[SampleId, ...] = ()
     pieces: tuple[tuple[tuple[int, int], ...], ...] = ()  # by row, of each sample in it: where it begins in the sample, how many tokens
-    noise: NoiseKey | None = None  # NEFTune; None: no noise
+    noise: NoiseKey | None = None  # of NEFTune and dropout; None: neither
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies overlap with compute when the source is pinned."""
@@ -149,6 +149,7 @@ class Projection(Protocol):
     scale: float  # logits multiplied by this, before the cap
     vocab: VocabShard | None
     quantised: bool  # weight was dequantised for this call: no gradient for it
+    rows: tuple[Tensor, Tensor] | None  # (n, d) in the place of these rows (n,) of the weight, which alone are trained
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, d) -> (n, v_local), at least fp32."""

@@ -29,6 +29,9 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         raise CheckpointError("only LoRA adapters can be added up\n  fix: merge the others into the base first, one after the other")
     if any(adapter.dora for adapter in adapters):
         raise CheckpointError("a DoRA adapter can't be added to others: it scales what they change\n  fix: merge it into the base first")
+    if not all(adapter.is_plain for adapter in adapters):
+        given = "adapters with biases, whole modules or rows can't be added up"
+        raise CheckpointError(f"{given}\n  expected: A and B alone\n  fix: merge such an adapter into the base first")
     if len({(adapter.base, adapter.quant) for adapter in adapters if adapter.base}) > 1:
         raise CheckpointError("the adapters were trained on different bases\n  fix: combine adapters of one base")
     origin = next((adapter for adapter in adapters if adapter.base), adapters[0])

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from torchft.checkpoint.hf import copy_weights, gather, list_items, weight_shapes
 from torchft.checkpoint.manifest import sync_folder, write_durably
+from torchft.checkpoint.merging import Read, merged_reads
 from torchft.checkpoint.method_files import MethodAdapter, does_nothing, merged_method, open_method, to_method_files
-from torchft.checkpoint.peft_files import CONFIG, KEY, WEIGHTS, WITH_PEFT, check_config, factor_in_files, rows_of, to_peft
+from torchft.checkpoint.peft_files import CONFIG, WEIGHTS, WITH_PEFT, check_config, factor_in_files, rows_of, to_peft, tokens_in_files
+from torchft.checkpoint.peft_names import copies_by_our_names, read_names
 from torchft.checkpoint.tensor_files import LazyTensor, open_file
 from torchft.dist import agreed, on_rank_0
 from torchft.errors import CheckpointError
@@ -29,6 +31,7 @@ from torchft.models.build import FAMILIES
 from torchft.models.hf_config import read_json
 from torchft.models.keys import map_from_hf
 from torchft.models.spec import ModelSpec
+from torchft.peft.copies import PREFIX as COPY
 from torchft.peft.linear import is_adapter
 from torchft.peft.lora import LoraConfig
 
@@ -38,13 +41,15 @@ START = Path("adapter") / "start"  # in a run's folder: what EVA found, from whi
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA by our names: `<module>.lora_a` (r, in), `.lora_b` (out, r), DoRA's `.lora_magnitude` (out,), and what each module's B A is
-    multiplied by."""
+    """An adapter's tensors by our names (peft/lora.py) and what each module's B A is multiplied by."""
 
     tensors: dict[str, LazyTensor]
     factors: dict[str, float]
     base: str | None = None  # SHA-256 of the base's weights, if the file says
     quant: str | None = None  # how the base was quantised while the adapter trained, as JSON; None: it was not, or the file does not say
+    tokens: tuple[int, ...] = ()  # of `lora_rows`
+    dropout: float = 0.0  # it trained with
+    bias: Literal["none", "all", "lora_only"] = "none"  # which of the base's biases trained
 
     def ranks(self) -> dict[str, int]:
         return {module: self.tensors[f"{module}.lora_a"].shape[0] for module in self.factors}
@@ -61,11 +66,21 @@ class Adapter:
             rank_pattern=dict(ranks),
             alpha_pattern={module: factor * ranks[module] for module, factor in self.factors.items()},
             dora=self.dora,
+            dropout=self.dropout,
+            lora_bias=any(name.endswith(".lora_bias") for name in self.tensors),
+            bias=self.bias,
+            modules_to_save=[name.removesuffix(f".{COPY}weight") for name in self.tensors if name.endswith(f".{COPY}weight")],
+            trainable_tokens=list(self.tokens),
         )
 
     @property
     def dora(self) -> bool:
         return any(name.endswith(".lora_magnitude") for name in self.tensors)
+
+    @property
+    def is_plain(self) -> bool:
+        """True if A and B are all of it."""
+        return all(name.endswith((".lora_a", ".lora_b")) for name in self.tensors)
 
 
 # ---- reading
@@ -80,28 +95,37 @@ def open_adapter(folder: Path, spec: ModelSpec) -> Adapter | MethodAdapter:
     if config.get("peft_type") != "LORA":
         return replace(open_method(folder, spec, config, open_file(folder / WEIGHTS)), **_origin(folder))
     check_config(folder, config)
-    halves: dict[str, dict[str, LazyTensor]] = {}
-    for key, tensor in open_file(folder / WEIGHTS).items():
-        match = KEY.fullmatch(key)
-        if match is None:
-            raise CheckpointError(f"{folder / WEIGHTS}: {key} is no LoRA weight of a linear layer\n  fix: {WITH_PEFT}")
-        halves.setdefault(match[1], {})[match[2] or match[3]] = tensor
-    wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
-    if incomplete := [module for module, found in halves.items() if found.keys() != wanted]:
-        expected = "A, B and magnitudes (use_dora)" if "m" in wanted else "A and B"
-        raise CheckpointError(f"{folder / WEIGHTS} has not exactly {expected} of {', '.join(incomplete[:4])}\n  fix: take the file again")
-    shapes = weight_shapes(spec)
-    places = map_from_hf(FAMILIES[spec.family].KEYS, [f"{module}.weight" for module in halves], shapes, where=str(folder))
-    adapter = Adapter({}, {}, **_origin(folder))
+    halves, whole = read_names(open_file(folder / WEIGHTS), str(folder / WEIGHTS))
+    for module, found in halves.items():
+        if found.keys() != (wanted := _wanted(found, config)):
+            expected = ", ".join(sorted(wanted)) + (" (use_dora: magnitudes)" if "lora_magnitude" in wanted else "")
+            given = f"{folder / WEIGHTS} has {', '.join(sorted(found))} of {module}"
+            raise CheckpointError(f"{given}\n  expected: {expected}\n  fix: take the file again")
+    shapes, rules = weight_shapes(spec), FAMILIES[spec.family].KEYS
+    places = map_from_hf(rules, [f"{module}.weight" for module in halves], shapes, where=str(folder))
+    origin, tokens = _origin(folder), tokens_in_files(config, folder / CONFIG)
+    options = {"tokens": tokens, "dropout": float(config.get("lora_dropout") or 0.0)}
+    if any(name.endswith(".bias") for name in whole):  # PEFT says bias: all of a model without any, too
+        options["bias"] = config.get("bias", "none")
+    adapter = Adapter({}, {}, origin.get("base"), origin.get("quant"), **options)
     for ours, stored in places.stored.items():
-        module, pair = ours.removesuffix(".weight"), halves[stored.name.removesuffix(".weight")]
-        adapter.tensors[f"{module}.lora_a"] = pair["A"]
-        adapter.tensors[f"{module}.lora_b"] = rows_of(pair["B"], stored, ours, shapes)
-        if "m" in pair:
-            adapter.tensors[f"{module}.lora_magnitude"] = rows_of(pair["m"], stored, ours, shapes)
-        adapter.factors[module] = factor_in_files(config, stored.name.removesuffix(".weight"), pair["A"].shape[0], str(folder))
+        module, place = ours.removesuffix(".weight"), stored.name.removesuffix(".weight")
+        for part, tensor in halves[place].items():
+            adapter.tensors[f"{module}.{part}"] = tensor if part in ("lora_a", "lora_rows") else rows_of(tensor, stored, ours, shapes)
+        if "lora_a" in halves[place]:
+            adapter.factors[module] = factor_in_files(config, place, halves[place]["lora_a"].shape[0], str(folder))
+    adapter.tensors.update(copies_by_our_names(whole, rules, shapes, str(folder)))
     _check_shapes(folder, adapter, shapes)
+    _check_tied(folder, adapter, config, spec)
     return adapter
+
+
+def _wanted(found: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> set[str]:
+    """The parts that a module with these must have."""
+    if "lora_rows" in found:
+        return {"lora_rows"}
+    magnitude = {"lora_magnitude"} if config.get("use_dora") else set()
+    return {"lora_a", "lora_b"} | magnitude | ({"lora_bias"} if config.get("lora_bias") else set())
 
 
 def load_adapter(folder: Path, spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -111,20 +135,26 @@ def load_adapter(folder: Path, spec: ModelSpec, parameters: Iterable[tuple[str, 
 
 
 def merged(tensors: Mapping[str, LazyTensor], adapter: Adapter | MethodAdapter, *, wide: bool = False) -> dict[str, LazyTensor]:
-    """The base's weights with W + factor * B A in the place of W, under DoRA its rows of the trained lengths; made when they are read,
-    in fp32 at least, and rounded to the base's dtype unless `wide`."""
+    """The base's weights with W + factor * B A in the place of W, under DoRA its rows of the trained lengths, and with what was trained
+    whole; made when they are read, in fp32 at least, and rounded to the base's dtype unless `wide`. Where the adapter of a tied
+    embedding is not the head's, `lm_head.weight` comes beside it (see `merged_spec`). Raises CheckpointError for a bias without a place."""
     if isinstance(adapter, MethodAdapter):
         return merged_method(tensors, adapter, wide=wide)
     out = dict(tensors)
-    for module, factor in adapter.factors.items():
-        name = f"{module}.weight"
-        pair = (adapter.tensors[f"{module}.lora_a"], adapter.tensors[f"{module}.lora_b"])
-        length = adapter.tensors.get(f"{module}.lora_magnitude")
-        read, dtype = _merged_read(tensors[name], *pair, factor, length), torch.promote_types(tensors[name].dtype, torch.float32)
+    for name, read in merged_reads(tensors, adapter.tensors, adapter.factors, adapter.tokens).items():
+        dtype = torch.promote_types(tensors[name].dtype, torch.float32)
         out[name] = (
             replace(tensors[name], read=read, dtype=dtype) if wide else replace(tensors[name], read=_rounded(read, tensors[name].dtype))
         )
+    if "embed_tokens" in adapter.factors and "lm_head.weight" not in tensors:
+        out["lm_head.weight"] = tensors["embed_tokens.weight"]
     return out
+
+
+def merged_spec(spec: ModelSpec, adapter: Adapter | MethodAdapter) -> ModelSpec:
+    """The spec of the merged model: LoRA on a tied embedding leaves the head as it was, so the head becomes one of its own."""
+    own = isinstance(adapter, Adapter) and "embed_tokens" in adapter.factors
+    return replace(spec, tie_embeddings=spec.tie_embeddings and not own)
 
 
 def merge_loss(tensors: Mapping[str, LazyTensor], adapter: Adapter | MethodAdapter, dtype: torch.dtype | None) -> float:
@@ -132,42 +162,47 @@ def merge_loss(tensors: Mapping[str, LazyTensor], adapter: Adapter | MethodAdapt
     rounding errors over the norm of the changes."""
     lost = change = 0.0
     for name, weight in merged(tensors, adapter, wide=True).items():
-        if weight is not tensors[name]:
+        if weight is not tensors.get(name, weight):
             exact, before = weight.read(()), tensors[name].read(())
             lost += (exact.to(dtype or before.dtype).to(exact) - exact).double().square().sum().item()
             change += (exact - before.to(exact)).double().square().sum().item()
     return sqrt(lost / change) if change else 0.0
 
 
-def _merged_read(base: LazyTensor, a: LazyTensor, b: LazyTensor, factor: float, length: LazyTensor | None):
-    def read(part: tuple[slice, ...]) -> Tensor:
-        rows, columns = (*part, slice(None), slice(None))[:2]
-        weight = base.read((rows, slice(None)) if length else part)  # a row's norm is of the whole row
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        inputs = slice(None) if length else columns
-        weight = weight.to(wide) + factor * (b.read((rows, slice(None))).to(wide) @ a.read((slice(None), inputs)).to(wide))
-        if length is None:
-            return weight
-        return weight[:, columns] * (length.read((rows,)).to(wide) / weight.norm(dim=1))[:, None]
-
-    return read
-
-
-def _rounded(read, dtype: torch.dtype):
+def _rounded(read: Read, dtype: torch.dtype) -> Read:
     return lambda part: read(part).to(dtype)
 
 
 def _check_shapes(folder: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for module in adapter.factors:
-        out, in_ = shapes[f"{module}.weight"]
+        out, in_ = reversed(shapes[f"{module}.weight"]) if module == "embed_tokens" else shapes[f"{module}.weight"]
         a, b = adapter.tensors[f"{module}.lora_a"].shape, adapter.tensors[f"{module}.lora_b"].shape
-        length = adapter.tensors.get(f"{module}.lora_magnitude")
-        if length is not None and length.shape != (out,):
-            given = f"{folder}: {module} has magnitudes {list(length.shape)}"
-            raise CheckpointError(f"{given}\n  expected: [{out}]\n  fix: take an adapter of this base model")
+        for part, what in (("lora_magnitude", "magnitudes"), ("lora_bias", "a bias of B")):
+            length = adapter.tensors.get(f"{module}.{part}")
+            if length is not None and length.shape != (out,):
+                given = f"{folder}: {module} has {what} {list(length.shape)}"
+                raise CheckpointError(f"{given}\n  expected: [{out}]\n  fix: take an adapter of this base model")
         if len(a) != 2 or len(b) != 2 or a[1] != in_ or b[0] != out or a[0] != b[1]:
             given = f"{folder}: {module} has A {list(a)}, B {list(b)}"
             raise CheckpointError(f"{given}\n  expected: [r, {in_}] and [{out}, r]\n  fix: take an adapter of this base model")
+    for name in (name for name in adapter.tensors if name.endswith(".lora_rows")):
+        expected = (len(adapter.tokens), shapes[name.replace(".lora_rows", ".weight")][1])
+        if adapter.tensors[name].shape != expected:
+            given = f"{folder}: {name} {list(adapter.tensors[name].shape)}"
+            raise CheckpointError(
+                f"{given}\n  expected: {list(expected)}, a row for each of trainable_token_indices\n  fix: take both of one adapter"
+            )
+
+
+def _check_tied(folder: Path, adapter: Adapter, config: Mapping[str, Any], spec: ModelSpec) -> None:
+    """PEFT leaves a tied head as it is unless ensure_weight_tying; ours always trains with the whole embedding, never with its LoRA."""
+    ties = bool(config.get("ensure_weight_tying"))
+    whole, lora = f"embed_tokens.{COPY}weight" in adapter.tensors, "embed_tokens" in adapter.factors
+    if spec.tie_embeddings and ((whole and not ties) or (lora and ties)):
+        given = (
+            f"{folder}: {'modules_to_save' if whole else 'target_modules'} with embed_tokens, ensure_weight_tying={ties}, of a tied model"
+        )
+        raise CheckpointError(f"{given}\n  expected: it to be {not ties}\n  fix: {WITH_PEFT}")
 
 
 def _origin(folder: Path) -> dict[str, Any]:
@@ -239,5 +274,7 @@ def _problems(folder: Path, spec: ModelSpec, written: Mapping[str, Tensor], trai
     if isinstance(adapter, MethodAdapter):
         if trained and does_nothing(values, adapter.cfg):
             yield "it is what it began as after training, so it does nothing"
-    elif trained and not any(value.any() for name, value in values.items() if name.endswith(".lora_b")):
+        return
+    zeros = [name for name in values if (name.endswith(".lora_b") and name != "embed_tokens.lora_b") or name == "embed_tokens.lora_a"]
+    if trained and not any(values[name].any() for name in zeros):
         yield "every B is zero after training, so it does nothing"

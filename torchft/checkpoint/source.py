@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from torchft.checkpoint.adapters import START, Adapter, merged, open_adapter
+from torchft.checkpoint.adapters import START, Adapter, merged, merged_spec, open_adapter
 from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.gguf import GgufFile
 from torchft.checkpoint.hf import weight_shapes
@@ -37,7 +37,7 @@ from torchft.models.spec import ModelSpec
 from torchft.models.vocabulary import VocabConfig, resize_spec, without_padding
 from torchft.peft.inits import STARTS_AT_WEIGHTS, first_a, starting_factors
 from torchft.peft.linear import is_adapter
-from torchft.peft.lora import LoraConfig
+from torchft.peft.lora import LoraConfig, with_new_tokens
 from torchft.peft.methods import base_names, config_from, grown
 from torchft.quant.swap import QuantConfig
 from torchft.tokenizers.load import load_tokenizer
@@ -93,7 +93,7 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
     method = config_from(section) if section and not section.get("path") else None
     built = grown(trained, method)
     shapes, saved = weight_shapes(built), read_index(path / "model")
-    adapter = _adapter(path, saved, config, trained)
+    adapter = _adapter(path, saved, config, spec, trained)
     _check_fit(path, origin, shapes, {name: info for name, info in saved.items() if not is_adapter(name)})
     frozen = [name for name in shapes if name not in saved]
     if frozen and (base is None or recorded.get("sha256") != hash_weights(base)):
@@ -107,7 +107,7 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
         for name, stands in base_names(shapes, trained, method).items()
     }
     held = merged(held, _with_start(adapter, held, config)) if adapter else held
-    spec = without_padding(built)
+    spec = without_padding(merged_spec(built, adapter) if adapter else built)
     tensors = {name: cut(held[name], shape[0]) for name, shape in weight_shapes(spec).items()}
     return ModelSource(spec, tensors, _run_assets(config, base))
 
@@ -144,8 +144,13 @@ def recorded_base(path: Path, recorded: dict[str, str]) -> Path:
     return Path(named)
 
 
-def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any], spec: ModelSpec) -> Adapter | MethodAdapter | None:
-    """The adapter a checkpoint holds, None without one; what it is stands in the run's config, or in the files it started from."""
+def _adapter(
+    path: Path, saved: dict[str, TensorInfo], config: dict[str, Any], base: ModelSpec, trained: ModelSpec
+) -> Adapter | MethodAdapter | None:
+    """The adapter a checkpoint holds, None without one; what it is stands in the run's config, or in the files it started from.
+
+    base, trained: the specs without and with the run's new tokens.
+    """
     names = [name for name in saved if is_adapter(name)]
     if not names:
         return None
@@ -154,13 +159,14 @@ def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any], s
     if not section:
         raise CheckpointError(f"{path} holds an adapter, but its run's config.yaml is not there\n  fix: put the run folder together again")
     tensors = {name: _trained(path / "model", name, saved[name]) for name in names}
-    opened = open_adapter(Path(start), read_config(recorded_base(path, {}), packed=True)[0]) if start else None
-    cfg = opened.config() if opened else config_from(section)
+    if start:
+        return replace(open_adapter(Path(start), trained), tensors=tensors)
+    cfg = config_from(section)
     if not isinstance(cfg, LoraConfig):
         return MethodAdapter(cfg, tensors)
     if cfg.lora_fa != "none":
-        tensors |= {name: held_tensor(a) for name, a in first_a(spec, cfg, int(config.get("seed") or 0)).items()}
-    return Adapter(tensors, opened.factors if opened else factors_of(cfg, tensors))
+        tensors |= {name: held_tensor(a) for name, a in first_a(trained, cfg, int(config.get("seed") or 0)).items()}
+    return Adapter(tensors, factors_of(cfg, tensors), tokens=tuple(with_new_tokens(cfg, base, trained)))
 
 
 def _with_start(adapter: Adapter | MethodAdapter, base: dict[str, LazyTensor], config: dict[str, Any]) -> Adapter | MethodAdapter:
@@ -169,7 +175,7 @@ def _with_start(adapter: Adapter | MethodAdapter, base: dict[str, LazyTensor], c
     if isinstance(adapter, MethodAdapter) or section.get("path") or section.get("init") not in STARTS_AT_WEIGHTS:
         return adapter
     tensors = dict(adapter.tensors)
-    for module, factor in adapter.factors.items():
+    for module, factor in ((module, factor) for module, factor in adapter.factors.items() if module != "embed_tokens"):
         names = f"{module}.lora_a", f"{module}.lora_b"
         (rank, _), dtype = tensors[names[0]].shape, tensors[names[0]].dtype  # that of the run's weights and factors
         pair = starting_factors(section["init"], base[f"{module}.weight"].read(()).to(dtype), rank, factor)

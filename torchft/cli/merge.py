@@ -33,7 +33,7 @@ def numbers(text: str) -> list[float]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merges and prints what rounding cost."""
-    from torchft.checkpoint.adapters import merge_loss, merged
+    from torchft.checkpoint.adapters import merge_loss, merged, merged_spec
     from torchft.dtypes import DTYPES
     from torchft.errors import ConfigError, Problem
     from torchft.train.export import export_hf_folder, open_for_merge, quantisation_error
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if loss > MAX_LOSS and not arguments.force:
         given = f"{arguments.dtype or 'that of the base'}, whose rounding errors are {loss:.0%} of the adapter's changes"
         raise ConfigError(Problem("--dtype", given, f"at most {MAX_LOSS:.0%}", "merge with --dtype fp32, or --force"))
-    whole = type(source)(source.spec, merged(source.tensors, adapter, wide=dtype is not None), source.assets)
+    whole = type(source)(merged_spec(source.spec, adapter), merged(source.tensors, adapter, wide=dtype is not None), source.assets)
     export_hf_folder(whole, "", arguments.out, dtype=dtype, shard_bytes=arguments.shard_size)
     print(f"{arguments.out}: {len(adapter.modules())} layers merged; rounding errors are {loss:.1%} of the adapter's changes")
     if adapter.quant and arguments.values == "original":

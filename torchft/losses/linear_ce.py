@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from torchft.batch import Projection, VocabShard, sum_forward
-from torchft.dtypes import upcast
 
 MAX_NARROW_SUMS = 4  # a bf16 weight gradient is summed over more chunks than this in fp32: bf16 sums lose a bit each doubling
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # of fp32 logits at a time: the weight gradient wants 500 rows or more a product
@@ -44,7 +43,7 @@ def linear_ce(
     if _is_plain(projection):
         options = (projection.scale, projection.softcap, projection.vocab, smoothing, z)
         return _plain_linear_ce(h, projection.weight, projection.bias, rows, labels, weights, options)
-    total = upcast(h[:0].sum())
+    total = projection.logits(h[:0]).sum()  # without rows too, each rank has a gradient for all that the head trains
     for chunk in _chunks(len(rows), projection.weight, projection.vocab):
         part = checkpoint(
             lambda x, y, w: (_cross_entropy(projection.logits(x), y, projection.vocab, smoothing, z) * w).sum(),
@@ -69,7 +68,7 @@ def token_logprobs(
         return picked - log_norm, None if mean is None else log_norm - mean
 
     if len(h) == 0:
-        nothing = upcast(h).sum(-1)
+        nothing = projection.logits(h).sum(-1)  # connected to all that the head trains
         return nothing, nothing if entropy else None
     chunks = _chunks(len(h), projection.weight, projection.vocab)
     parts = [checkpoint(one, h[c], labels[c], use_reentrant=False, preserve_rng_state=False) for c in chunks]
@@ -274,7 +273,7 @@ def _local_labels(labels: Tensor, held: int, vocab: VocabShard | None) -> tuple[
 
 
 def _is_plain(projection: Projection) -> bool:
-    return projection.lora is None and not projection.quantised
+    return projection.lora is None and projection.rows is None and not projection.quantised
 
 
 def _trained_rows(weights: Tensor, num_trained: int | None) -> Tensor:

@@ -7,7 +7,7 @@ case and full logits never exist. The decoder does not know what `reduce` does. 
 keys of `layers` are global layer numbers, so names are the same on every layout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,18 +60,21 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         scale: Tensor | None = None,
         noise: Tensor | None = None,
+        keys: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """x: tokens (b, t) on the first stage, hidden (b, t, d) on later ones; positions (b, t).
 
         Gives hidden (b, t, d) before the last stage; on the last `reduce(hidden, heads)`, or the logits (b, t, v) without `reduce`.
         scale: the step's loss scale / count, for losses that arise inside layers. noise (b, t, d): added to `embed_tokens`' output.
+        keys: by layer, (b, t), for blocks whose adapters have dropout (peft/dropout.py).
         """
         h = self._embed(x, positions, noise) if self.first else x
         tables = {name: rope.table(positions, h.dtype, layout.doc_q) for name, rope in self.ropes.items()}
         prepared = self._prepare(layout)
         for index, block in self.layers.items():
             layer = self.spec.layers[int(index)]
-            h = block(h, tables.get(layer.rope), prepared[layer.window], cache)
+            keyed = {"keys": keys[index]} if keys and index in keys else {}
+            h = block(h, tables.get(layer.rope), prepared[layer.window], cache, **keyed)
         if cache is not None:
             cache.advance(x.shape[1])
         if not self.last:

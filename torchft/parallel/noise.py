@@ -19,7 +19,7 @@ from torchft.dist import keyed_generator
 
 def embedding_noise(batch: Batch, hidden_size: int) -> Tensor | None:
     """(b, t, d) fp32 on the batch's device; None if the batch asks for no noise."""
-    if batch.noise is None:
+    if batch.noise is None or not batch.noise.alpha:
         return None
     alpha, seed, step = batch.noise
     device = batch.tokens.device

@@ -5,6 +5,7 @@ A loop over micro-batches or a pipeline schedule; gradients summed over data ran
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torchft.parallel.grads import clip, global_norm
 from torchft.parallel.mesh import Mesh
 from torchft.parallel.noise import embedding_noise
 from torchft.parallel.pp import Pipeline
+from torchft.peft.dropout import keyed_layers, token_keys
 
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), this rank's micro-batches
 
@@ -52,7 +54,7 @@ class Parts:
         even where one rank holds both."""
         for module in self.modules:
             for name, parameter in module.named_parameters():
-                if copies or not (name == "embed_tokens.weight" and not module.first):
+                if copies or module.first or not name.startswith("embed_tokens."):
                     yield name, parameter
 
     def place(self, batch: Batch) -> Batch:
@@ -90,7 +92,7 @@ class Parts:
         batches = [self.place(batch) for batch in batches]
         reduces = [_loss_of(loss, batch, Across(scale=scale), seen) for batch in batches]
         if self.pipeline:
-            self.pipeline.run(batches, reduces, backward=True, noises=[self._noise(batch) for batch in batches])
+            self.pipeline.run(batches, reduces, backward=True, more=[self._random(batch) for batch in batches])
             self.pipeline.sum_tied_gradient()
         else:
             module = self.modules[0]
@@ -98,8 +100,8 @@ class Parts:
                 if isinstance(module, FSDPModule):
                     module.set_requires_gradient_sync(self.sync_every_micro_batch or i == len(batches) - 1)
                     module.set_is_last_backward(i == len(batches) - 1)
-                noise = self._noise(batch)
-                module(batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce, noise=noise).backward()
+                random = self._random(batch)
+                module(batch.tokens, layout=batch.layout(), positions=batch.positions, reduce=reduce, **random).backward()
         return seen
 
     @torch.no_grad()
@@ -154,10 +156,13 @@ class Parts:
             dist.all_reduce(table, group=self.mesh.group("pp"))
         return {name: total / count if count else float("nan") for name, (total, count) in zip(names, table.tolist(), strict=True)}
 
-    def _noise(self, batch: Batch) -> Tensor | None:
-        """This rank's tokens of the noise on the batch's embeddings: (b, t or t / tp, d)."""
+    def _random(self, batch: Batch) -> dict[str, Any]:
+        """A training forward's random numbers: this rank's tokens of the noise on the embeddings, (b, t or t / tp, d), and the keys of
+        dropout, (b, t) for each layer that has it."""
         noise = embedding_noise(batch, self.modules[0].spec.hidden_size) if self.has_first else None
-        return noise if noise is None else noise.chunk(self.tokens_over, dim=1)[self.mesh.rank("tp") % self.tokens_over]
+        noise = noise if noise is None else noise.chunk(self.tokens_over, dim=1)[self.mesh.rank("tp") % self.tokens_over]
+        layers = keyed_layers(self.modules)
+        return {"noise": noise, "keys": token_keys(batch, layers) if layers else None}
 
     def _names_of(self, metrics: Metrics) -> list[str]:
         """The metrics' names, which only the last pipeline stage knows."""

@@ -64,11 +64,11 @@ class Pipeline:
         self.tied_group = self._group_of_tied()
 
     def run(
-        self, batches: Sequence[Batch], reduces: Sequence[Callable], *, backward: bool, noises: Sequence[Tensor | None] | None = None
+        self, batches: Sequence[Batch], reduces: Sequence[Callable], *, backward: bool, more: Sequence[dict[str, Any]] | None = None
     ) -> None:
         """One pass; reduces[i](hidden, heads) -> (1,) is called on the last stage for batches[i]. Without `backward`: forward alone.
 
-        noises[i]: added to the embeddings of batches[i].
+        more[i]: further arguments of the stages for batches[i].
         """
         b, t = batches[0].tokens.shape
         assert all(batch.tokens.shape == (b, t) for batch in batches), "micro-batches of a step must have one shape under pp"
@@ -78,20 +78,22 @@ class Pipeline:
                 del self._built[next(iter(self._built))]
             self._built[key] = self._build(*key)
         args = [(batch.tokens,) if self.modules[0].first else () for batch in batches]
-        each = zip(batches, reduces, noises or [None] * len(batches), strict=True)
-        kwargs = [{"layout": b.layout(), "positions": b.positions, "reduce": reduce, "noise": noise} for b, reduce, noise in each]
+        each = zip(batches, reduces, more or [{}] * len(batches), strict=True)
+        kwargs = [{"layout": b.layout(), "positions": b.positions, "reduce": reduce, **rest} for b, reduce, rest in each]
         run_microbatches(self._built[key], args, kwargs, list(batches) if backward else None)
 
     def sum_tied_gradient(self) -> None:
-        """Adds up the embedding's gradient over the first and the last stage; both hold the sum afterwards."""
-        ends = [module.embed_tokens.weight for module in self.modules if module.spec.tie_embeddings and (module.first or module.last)]
-        if not ends or not ends[0].requires_grad:
-            return
-        grads = [weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad for weight in ends]
-        if len(grads) == 2:  # both stages are on this rank
-            grads[1].copy_(grads[0].add_(grads[1]))
-        else:
-            dist.all_reduce(grads[0], group=self.tied_group)
+        """Adds up what trains of the embedding over the first and the last stage; both hold the sum afterwards."""
+        ends = [module for module in self.modules if module.spec.tie_embeddings and (module.first or module.last)]
+        for name, parameter in ends[0].embed_tokens.named_parameters() if ends else ():
+            if not parameter.requires_grad or name in ("lora_a", "lora_b"):  # LoRA there is on the lookup, no part of the head
+                continue
+            grads = [module.embed_tokens.get_parameter(name).grad for module in ends]
+            grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+            if len(grads) == 2:  # both stages are on this rank
+                grads[1].copy_(grads[0].add_(grads[1]))
+            else:
+                dist.all_reduce(grads[0], group=self.tied_group)
 
     def _build(self, b: int, t: int, num_microbatches: int, backward: bool):
         stages = [self._stage(module, index, b, t, backward) for module, index in zip(self.modules, self.stage_ids, strict=True)]

@@ -4,7 +4,8 @@ The norm runs over the inputs of each output and is a constant to the backward, 
 
     ||W + s B A||^2 = ||W||^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B
 
-so the adapted weight is never made. While nothing trains (evaluation, generation) the norm is computed once.
+so the adapted weight is never made. While nothing trains (evaluation, generation) the norm is computed once. With dropout W x stays
+whole and what is added to it, (m / norm - 1) W x and B A x, sees the x with holes, as in PEFT.
 """
 
 import torch
@@ -24,10 +25,20 @@ class DoraMixin(LoraMixin):
         base = super(LoraMixin, self).forward(x)
         if not self.adapter_on:
             return base
-        scale = self.lora_magnitude / self.norm()
+        scale, holed = self.lora_magnitude / self.norm(), self.dropped(x)
+        if holed is not x:
+            return self._with_holes(base, x, holed, scale)
         if self.bias is None:
             return scale * (base + self.update(x))
         return scale * (base - self.bias + self.update(x)) + self.bias
+
+    def _with_holes(self, base: Tensor, x: Tensor, holed: Tensor, scale: Tensor) -> Tensor:
+        """base: W x + bias."""
+        inner = super(LoraMixin, self).forward(holed)
+        inner = inner if self.bias is None else inner - self.bias
+        if self.starts_at_weights:
+            base, inner = (y - self.lora_factor * self.start_product(z) for y, z in ((base, x), (inner, holed)))
+        return base + (scale - 1) * inner + scale * (self.lora_factor * self.product(holed))
 
     def train(self, mode: bool = True) -> "DoraMixin":
         self._kept = None

@@ -4,6 +4,8 @@
     orthogonal   A and B of orthogonal halves, so that B A is 0         pissa, olora A0 and B0 of the base (below), adapter B A - B0 A0
     loftq        what quantising the base took away (peft/loftq.py)
 
+The embedding's adapter has A 0 and B normal whatever `init`, as PEFT's; copies and rows begin as what they stand for.
+
 PiSSA (Meng et al. 2024) and OLoRA (Buyukakyuz 2024) take B0 A0 out of W in their papers; here W stays and B0 A0 is subtracted from the
 adapter, which is the same function: the base keeps its hash, may be quantised, and the export is plain LoRA of rank 2r.
 """
@@ -19,7 +21,9 @@ from torchft.dist import keyed_generator, shard_indices
 from torchft.models.decoder import build_decoder
 from torchft.models.init import fill_blocks
 from torchft.models.spec import ModelSpec
+from torchft.peft.copies import init_copies
 from torchft.peft.dora import DoraMixin, adapted_norm
+from torchft.peft.ends import RowsMixin
 from torchft.peft.factors import largest_directions
 from torchft.peft.linear import LoraMixin
 from torchft.peft.loftq import loftq
@@ -37,6 +41,9 @@ def init_adapters(roots: Iterable[nn.Module], cfg: LoraConfig, seed: int, origin
         for name, module in root.named_modules():
             if isinstance(module, LoraMixin):
                 _init_factors(name, module, cfg, seed, original)
+            elif isinstance(module, RowsMixin) and "lora_rows" in module._parameters:
+                copy_part(module.lora_rows, whole(module.weight)[list(module.lora_tokens)])
+        init_copies(root)
         init_magnitudes(root)
 
 
@@ -57,7 +64,8 @@ def starting_factors(kind: str, weight: Tensor, rank: int, factor: float) -> tup
 
 def first_a(spec: ModelSpec, cfg: LoraConfig, seed: int) -> dict[str, Tensor]:
     """Every A of a whole model, as a run begins that draws them from the seed: what LoRA-FA leaves as it is."""
-    model, cfg = build_decoder(spec), replace(cfg, dora=False)  # DoRA's lengths are made of weights, which are not here
+    alone = {"dora": False, "bias": "none", "lora_bias": False, "modules_to_save": [], "trainable_tokens": [], "dropout": 0.0}
+    model, cfg = build_decoder(spec), replace(cfg, **alone)  # the rest begins at weights, which are not here
     apply_lora([model], cfg)
     for module in model.modules():
         if isinstance(module, LoraMixin):
@@ -92,7 +100,7 @@ def _init_factors(name: str, module: LoraMixin, cfg: LoraConfig, seed: int, orig
         rank = module.lora_a.shape[0]
         fill_blocks(f"{name}.lora_a", module.lora_a, lambda shape, g: torch.empty(shape).normal_(0.0, 1 / rank, generator=g), seed)
     elif cfg.init == "orthogonal":
-        a, b = _orthogonal(name, (module.out_features, module.in_features), module.lora_a.shape[0], seed)
+        a, b = _orthogonal(name, (len(module.lora_b), module.lora_a.shape[1]), len(module.lora_a), seed)
         copy_part(module.lora_a, a)
         copy_part(module.lora_b, b)
     elif cfg.init == "loftq":

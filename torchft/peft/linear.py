@@ -1,4 +1,4 @@
-"""The linear layer with a LoRA adapter beside it: y = W x + s B A x.
+"""The linear layer with a LoRA adapter beside it: y = W x + s (B A x + bias of B).
 
 It asks the base for its product and nothing else, so the base may be of any class, quantised too. Under `adapters_off` it is the base:
 the reference model of preference training, with no second copy of the weights.
@@ -10,17 +10,23 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchft.peft.dropout import dropped
+
 
 class LoraMixin:
     """Goes before a linear class in the swapped class.
 
     With `lora_start_a`, `lora_start_b` (frozen) the adapter is B A - B0 A0: it does nothing at the start although B is not zero, and the
-    base keeps its weights, quantised or not.
+    base keeps its weights, quantised or not. With dropout B A sees x with holes, W and B0 A0 the whole of it.
     """
 
     TP_DIMS = {name: dims for part in ("", "start_") for name, dims in ((f"lora_{part}a", (None, 1)), (f"lora_{part}b", (0, None)))}
+    TP_DIMS |= {"lora_bias": (0, None)}
     lora_factor: float
     adapter_on = True
+    lora_dropout = 0.0
+    lora_salt = 0  # of the numbers that fall out
+    token_keys: Tensor | None = None  # of the tokens the block is called with; None: nothing falls out
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -28,10 +34,22 @@ class LoraMixin:
 
     def update(self, x: Tensor) -> Tensor:
         """What the adapter adds: (..., in) -> (..., out)."""
-        y = F.linear(F.linear(x, self.lora_a), self.lora_b)
-        if self.starts_at_weights:
-            y = y - F.linear(F.linear(x, self.lora_start_a), self.lora_start_b)
-        return self.lora_factor * y
+        y = self.product(self.dropped(x))
+        return self.lora_factor * (y - self.start_product(x) if self.starts_at_weights else y)
+
+    def product(self, x: Tensor) -> Tensor:
+        """B A x + the bias of B, if it has one."""
+        return F.linear(F.linear(x, self.lora_a), self.lora_b, getattr(self, "lora_bias", None))
+
+    def start_product(self, x: Tensor) -> Tensor:
+        """B0 A0 x."""
+        return F.linear(F.linear(x, self.lora_start_a), self.lora_start_b)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x with holes, in training with dropout."""
+        if not self.lora_dropout or self.token_keys is None or not self.training:
+            return x
+        return dropped(x, self.token_keys, self.lora_salt, self.lora_dropout)
 
     @property
     def starts_at_weights(self) -> bool:

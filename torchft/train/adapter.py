@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 from torchft.checkpoint.adapters import load_adapter, open_adapter, save_adapter
 from torchft.checkpoint.hf import open_weights, save_hf
 from torchft.checkpoint.method_files import check_files
+from torchft.checkpoint.peft_files import CONFIG, refused_by_vllm
 from torchft.checkpoint.source import open_training
 from torchft.dist import rank
 from torchft.dtypes import DTYPES
 from torchft.errors import CheckpointError, ConfigError, Problem
 from torchft.log import get_logger
 from torchft.models.decoder import build_decoder
+from torchft.models.hf_config import read_json
 from torchft.models.spec import ModelSpec
 from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
@@ -28,7 +30,7 @@ from torchft.peft.ia3 import Ia3Config
 from torchft.peft.inits import init_adapters
 from torchft.peft.linear import is_adapter
 from torchft.peft.llama_pro import LlamaProConfig
-from torchft.peft.lora import LoraConfig
+from torchft.peft.lora import LoraConfig, with_new_tokens
 from torchft.peft.lora_fa import project_gradients
 from torchft.peft.methods import METHODS, grown, num_virtual_of, trained_names
 from torchft.peft.oft import OftConfig
@@ -88,6 +90,13 @@ def shape_of(cfg: AdapterConfig, spec: ModelSpec) -> Any:
     return open_adapter(Path(cfg.path), spec).config() if cfg.path else cfg.chosen()
 
 
+def train_new_tokens(cfg, base: ModelSpec, spec: ModelSpec) -> None:
+    """Puts the rows of new tokens (model.vocab.size) among those a new adapter trains; config.yaml, already saved, has those chosen."""
+    adapter = getattr(cfg, "adapter", None)
+    if adapter and not adapter.path:
+        adapter.trainable_tokens = with_new_tokens(adapter, base, spec)
+
+
 def adapter_names(cfg: AdapterConfig, spec: ModelSpec) -> set[str]:
     """What trains of the whole model. Raises ConfigError for a target that does not exist."""
     return trained_names(spec, shape_of(cfg, spec))
@@ -115,7 +124,7 @@ def init_adapter(cfg, spec: ModelSpec, parts: Parts) -> None:
     """The first values of a new run's adapter: from the seed, or those of adapter.path. cfg: a recipe's config."""
     adapter = cfg.adapter
     if adapter.path:
-        load_adapter(Path(adapter.path), spec, [(name, p) for name, p in parts.named_parameters() if is_adapter(name)])
+        load_adapter(Path(adapter.path), spec, [(name, p) for name, p in parts.named_parameters(copies=True) if is_adapter(name)])
         log.info("adapter of %s", adapter.path)
     elif adapter.method == "lora" and adapter.init == "loftq":
         original = open_weights(Path(cfg.model.path), spec).tensors
@@ -131,10 +140,18 @@ def prepare_optimizer(cfg: AdapterConfig, optimizer: Optimizer, parts: Parts) ->
 
 
 def export_adapter(cfg, spec: ModelSpec, parts: Parts, folder: Path, base: dict[str, str] | None, *, trained: bool) -> None:
-    """PEFT's files, on all ranks together."""
+    """PEFT's files, on all ranks together; and a word on who does not load them."""
     assert base is not None, "an adapter belongs to a frozen base"
     origin = {**base, "path": str(cfg.model.path or base["path"])}
-    save_adapter(folder, spec, parts.named_parameters(), shape_of(cfg.adapter, spec), base=origin, trained=trained)
+    shape = shape_of(cfg.adapter, spec)
+    save_adapter(folder, spec, parts.named_parameters(), shape, base=origin, trained=trained)
+    if not isinstance(shape, LoraConfig):
+        return
+    if rank() == 0 and (reasons := refused_by_vllm(read_json(folder / CONFIG))):
+        merged = "export/step_N has it merged" if cfg.export.hf else f"merge it first: torchft merge {folder} --out FOLDER"
+        log.warning("PEFT loads %s, vLLM does not (%s): %s", folder, ", ".join(reasons), merged)
+    if shape.trainable_tokens and cfg.model.vocab.size:
+        log.info("its base needs %d rows first: model.resize_token_embeddings(%d) before PeftModel.from_pretrained", *[spec.num_tokens] * 2)
 
 
 def export_merged(cfg, checkpoint: Path, folder: Path) -> None:
@@ -147,6 +164,9 @@ def export_merged(cfg, checkpoint: Path, folder: Path) -> None:
 
 def _check_method(cfg, spec: ModelSpec, mesh: Mesh, shape: Any) -> Iterator[Problem]:
     """What one method does not go with."""
+    if not isinstance(shape, LoraConfig) and cfg.model.vocab.size:
+        expected = "null with this adapter.method, which trains no rows of new tokens"
+        yield Problem("model.vocab.size", str(cfg.model.vocab.size), expected, "leave it out, or use adapter.method=lora")
     if isinstance(shape, LoraConfig) and shape.init == "loftq" and (cfg.quant.format is None or stored_of(cfg, spec)):
         expected = "quant.format=nf4 or int8 over a plain model.path: LoftQ makes up for what quantising takes"
         yield Problem("adapter.init", "loftq", expected, "set quant.format=nf4, or adapter.init=default")
@@ -208,9 +228,6 @@ def check_adapter(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
             yield Problem(f"model.{key}", str(getattr(cfg.model, key)), "nothing: the base is frozen under an adapter", fix)
     if cfg.checkpoint.load:
         yield Problem("checkpoint.load", cfg.checkpoint.load, "null beside an adapter", "start from another run's adapter by adapter.path")
-    if cfg.model.vocab.size:
-        expected = "null beside an adapter: the rows of new tokens would stay as they begin"
-        yield Problem("model.vocab.size", str(cfg.model.vocab.size), expected, "train new tokens by recipes/full_finetune.py")
     if cfg.export.hf and cfg.model.init == "random":
         yield Problem("export.hf", "true", "false with model.init=random: nobody else has this base", "set export.hf=false")
     if cfg.export.hf and not cfg.checkpoint.save_at_end:

@@ -88,7 +88,7 @@ def quantisation_error(source: ModelSource, adapter: Adapter) -> float:
     seen = dequantised(source.tensors, source.spec, QuantConfig(**json.loads(adapter.quant or "{}")))
     changed = merged(source.tensors, adapter, wide=True)
     lost = change = 0.0
-    for name in (name for name, weight in changed.items() if weight is not source.tensors[name]):
+    for name in (name for name, weight in changed.items() if weight is not source.tensors.get(name, weight)):
         before = source.tensors[name].read(()).double()
         lost += (seen[name].read(()) - before).square().sum().item()
         change += (changed[name].read(()) - before).square().sum().item()

@@ -50,7 +50,7 @@ class Job:
     early_stop: EarlyStop
     scaler: LossScaler | None = None  # of fp16 compute
     spikes: Spikes | None = None  # what judges a step's loss
-    neftune: tuple[float, int] | None = None  # alpha and seed
+    noise: tuple[float, int] | None = None  # NEFTune's alpha (0: without) and the seed, of runs with random numbers in their steps
     prompts: list[list[int]] = field(default_factory=list)  # token ids of validate.prompts
     ledger: bool = False  # each step tells its communication
 
@@ -87,7 +87,7 @@ class Job:
         return found
 
     def _noisy(self, batches: list[Batch], step: int) -> list[Batch]:
-        return batches if self.neftune is None else [replace(batch, noise=NoiseKey(*self.neftune, step)) for batch in batches]
+        return batches if self.noise is None else [replace(batch, noise=NoiseKey(*self.noise, step)) for batch in batches]
 
     def _smaller_micro_batch(self, step: int) -> int:
         """The largest size at most half the present one that still deals this rank's rows out evenly; it also bounds validation's."""

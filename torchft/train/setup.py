@@ -32,8 +32,9 @@ from torchft.parallel.apply import parallelize
 from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
+from torchft.peft.dropout import keyed_layers
 from torchft.peft.methods import apply_adapter, base_names
-from torchft.train.adapter import built_spec, init_adapter, prepare_optimizer, shape_of, virtual_tokens
+from torchft.train.adapter import built_spec, init_adapter, prepare_optimizer, shape_of, train_new_tokens, virtual_tokens
 from torchft.train.checks import check_job
 from torchft.train.data import (
     Rows,
@@ -140,7 +141,9 @@ def build_job(cfg, run: Run) -> Job:
     """cfg: a recipe's config. Raises ConfigError, DataError or CheckpointError; a rank that fails alone is ended by the launcher."""
     mesh, world = run.mesh, run.world
     use_local_copies(cfg)
-    spec = built_spec(cfg, resize_spec(read_spec(cfg.model, packed=has_quant(cfg)), cfg.model.vocab))
+    base = read_spec(cfg.model, packed=has_quant(cfg))
+    spec = built_spec(cfg, resize_spec(base, cfg.model.vocab))
+    train_new_tokens(cfg, base, spec)
     _raise_if_any(check_job(cfg, spec, mesh))
     text = build_text(cfg.tokenizer, cfg.model.path)
     _raise_if_any(itertools.chain(check_vocabulary(spec, text, cfg.tokenizer), check_prompts(cfg.validate.prompts, spec, text)))
@@ -198,7 +201,7 @@ def build_job(cfg, run: Run) -> Job:
         early_stop=early_stop,
         scaler=scaler,
         spikes=spikes,
-        neftune=(cfg.train.neftune, cfg.seed) if cfg.train.neftune else None,
+        noise=(cfg.train.neftune or 0.0, cfg.seed) if cfg.train.neftune or keyed_layers(parts.modules) else None,
         prompts=encode_prompts(cfg.validate.prompts, text),
         ledger=cfg.debug.ledger,
     )

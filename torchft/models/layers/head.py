@@ -25,6 +25,7 @@ class LinearProjection:
     scale: float = 1.0
     vocab: VocabShard | None = None
     quantised: bool = False
+    rows: tuple[Tensor, Tensor] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., v_local), at least fp32; padding rows of the vocabulary -inf."""
@@ -32,6 +33,9 @@ class LinearProjection:
         if self.lora is not None:
             a, b, factor = self.lora
             z = z + factor * F.linear(F.linear(hidden, a), b)
+        if self.rows is not None:
+            rows, places = self.rows
+            z = z.index_copy(-1, places, F.linear(hidden, rows, None if self.bias is None else self.bias[places]))
         z = upcast(z) * self.scale if self.scale != 1.0 else upcast(z)
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
