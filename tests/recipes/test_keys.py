@@ -17,6 +17,17 @@ from torchft.models.custom import CustomSpec
 from torchft.optim.build import OPTIMIZERS, OptimConfig, build_optimizer
 from torchft.optim.schedules import SCHEDULES, ScheduleConfig, build_schedule
 
+# Of adapter.method: its section, the test of it against peft, its keys.
+METHODS = [
+    ("ia3", "methods", "outputs inputs layers"),
+    ("vera", "methods", "rank targets exclude layers seed d_initial save_projection"),
+    ("oft", "methods", "block_size neumann_terms targets exclude layers"),
+    ("prompt", "virtual", "num_tokens init"),
+    ("p_tuning", "virtual", "num_tokens hidden_size"),
+    ("prefix", "virtual", "num_tokens init"),
+    ("llama_pro", "llama_pro", "num_new"),
+    ("eva", "eva", "rho"),
+]
 # Read only where one process in this test does not get: key -> file and text of the test that holds its effect.
 ELSEWHERE = {
     "parallel.schedule": ("tests/dist/test_contract.py", '("schedule", "gpipe")'),
@@ -27,6 +38,12 @@ ELSEWHERE = {
     "model.vocab.noise": ("tests/recipes/test_new_tokens_recipe.py", "model.vocab.noise"),  # of weights that are read
     "data.streams": ("tests/unit/test_streaming.py", "data.streams"),  # of data.streaming, which has no epochs
     "adapter.path": ("tests/recipes/test_lora_recipe.py", "adapter.path"),  # decides what the other keys of adapter say
+    **{
+        f"adapter.{method}.{key}": (f"tests/parity/test_peft_{file}.py", f"{key}=")
+        for method, file, keys in METHODS
+        for key in keys.split()
+    },
+    "adapter.eva.batches": ("tests/recipes/test_methods_recipe.py", "adapter.eva.batches"),
     "plugins": ("tests/unit/test_config.py", "plugins"),  # config/load.py imports them
     "checkpoint.best_mode": ("tests/unit/test_store.py", "best_mode"),
     "checkpoint.overwrite": ("tests/unit/test_store.py", "overwrite"),

@@ -12,16 +12,21 @@ import torch
 
 from torchft.checkpoint.adapters import Adapter
 from torchft.checkpoint.hf import copy_weights
-from torchft.checkpoint.tensor_files import LazyTensor
+from torchft.checkpoint.method_files import MethodAdapter
+from torchft.checkpoint.tensor_files import LazyTensor, held_tensor
 from torchft.errors import CheckpointError
 from torchft.models.decoder import Decoder
-from torchft.peft.lora import apply_lora, remove_lora
+from torchft.peft.linear import is_adapter
+from torchft.peft.lora import remove_lora
+from torchft.peft.methods import apply_adapter
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """One adapter that does what all do together, each times its weight. Raises CheckpointError for DoRA and for different bases."""
     if len(adapters) != len(weights):
         raise CheckpointError(f"{len(weights)} weights for {len(adapters)} adapters\n  expected: one each\n  fix: give as many weights")
+    if any(isinstance(adapter, MethodAdapter) for adapter in adapters):
+        raise CheckpointError("only LoRA adapters can be added up\n  fix: merge the others into the base first, one after the other")
     if any(adapter.dora for adapter in adapters):
         raise CheckpointError("a DoRA adapter can't be added to others: it scales what they change\n  fix: merge it into the base first")
     if not all(adapter.is_plain for adapter in adapters):
@@ -35,18 +40,14 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     for module in modules:
         parts = [(adapter, weight * adapter.factors[module]) for adapter, weight in zip(adapters, weights) if module in adapter.factors]
         wide = [{half: adapter.tensors[f"{module}.lora_{half}"].read(()) for half in "ab"} for adapter, _ in parts]
-        tensors[f"{module}.lora_a"] = _held(torch.cat([pair["a"] for pair in wide]))
-        tensors[f"{module}.lora_b"] = _held(torch.cat([factor * pair["b"] for pair, (_, factor) in zip(wide, parts)], dim=1))
+        tensors[f"{module}.lora_a"] = held_tensor(torch.cat([pair["a"] for pair in wide]))
+        tensors[f"{module}.lora_b"] = held_tensor(torch.cat([factor * pair["b"] for pair, (_, factor) in zip(wide, parts)], dim=1))
     return replace(origin, tensors=tensors, factors=dict.fromkeys(modules, 1.0))
 
 
-def set_adapter(model: Decoder, adapter: Adapter | None) -> None:
+def set_adapter(model: Decoder, adapter: Adapter | MethodAdapter | None) -> None:
     """Puts an adapter on a model that is not sharded, in the place of the one it has; None: the base again, bit for bit."""
     remove_lora(model)
     if adapter is not None:
-        apply_lora([model], adapter.config())
-        copy_weights(((name, p.data) for name, p in model.named_parameters() if ".lora_" in name), adapter.tensors)
-
-
-def _held(tensor: torch.Tensor) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.__getitem__)
+        apply_adapter([model], adapter.config())
+        copy_weights(((name, p.data) for name, p in model.named_parameters() if is_adapter(name)), adapter.tensors)

@@ -1,4 +1,4 @@
-"""LoRA adapters in and out of any layout, as the files that PEFT, transformers and vLLM load, and merged into their base.
+"""Adapters in and out of any layout, as the files that PEFT, transformers and vLLM load, and merged into their base.
 
 parameters on any mesh --save_adapter--> gathered --> adapter/{adapter_config.json, adapter_model.safetensors}, read back
 folder --open_adapter--> Adapter (nothing read yet) --copied--> this rank's part | --merged--> W + factor * B A, tensor by tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from torchft.checkpoint.hf import copy_weights, gather, list_items, weight_shapes
 from torchft.checkpoint.manifest import sync_folder, write_durably
 from torchft.checkpoint.merging import Read, merged_reads
+from torchft.checkpoint.method_files import MethodAdapter, does_nothing, merged_method, open_method, to_method_files
 from torchft.checkpoint.peft_files import CONFIG, WEIGHTS, WITH_PEFT, check_config, factor_in_files, rows_of, to_peft, tokens_in_files
 from torchft.checkpoint.peft_names import copies_by_our_names, read_names
 from torchft.checkpoint.tensor_files import LazyTensor, open_file
@@ -31,9 +32,11 @@ from torchft.models.hf_config import read_json
 from torchft.models.keys import map_from_hf
 from torchft.models.spec import ModelSpec
 from torchft.peft.copies import PREFIX as COPY
+from torchft.peft.linear import is_adapter
 from torchft.peft.lora import LoraConfig
 
 ORIGIN = "torchft_adapter.json"
+START = Path("adapter") / "start"  # in a run's folder: what EVA found, from which the run began
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Adapter:
 
     def ranks(self) -> dict[str, int]:
         return {module: self.tensors[f"{module}.lora_a"].shape[0] for module in self.factors}
+
+    def modules(self) -> list[str]:
+        """The layers it sits on."""
+        return list(self.factors)
 
     def config(self) -> LoraConfig:
         """The config that gives a model exactly these modules."""
@@ -79,12 +86,14 @@ class Adapter:
 # ---- reading
 
 
-def open_adapter(folder: Path, spec: ModelSpec) -> Adapter:
-    """A PEFT LoRA folder by our names, checked against the spec; nothing is read yet. Raises CheckpointError or ConfigError."""
+def open_adapter(folder: Path, spec: ModelSpec) -> Adapter | MethodAdapter:
+    """A PEFT folder by our names, checked against the spec; nothing is read yet. Raises CheckpointError or ConfigError."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}\n  expected: a folder of PEFT's save_pretrained\n  fix: check the path")
     config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        return replace(open_method(folder, spec, config, open_file(folder / WEIGHTS)), **_origin(folder))
     check_config(folder, config)
     halves, whole = read_names(open_file(folder / WEIGHTS), str(folder / WEIGHTS))
     for module, found in halves.items():
@@ -125,10 +134,12 @@ def load_adapter(folder: Path, spec: ModelSpec, parameters: Iterable[tuple[str, 
     agreed(lambda: copy_weights(parameters, adapter.tensors))
 
 
-def merged(tensors: Mapping[str, LazyTensor], adapter: Adapter, *, wide: bool = False) -> dict[str, LazyTensor]:
+def merged(tensors: Mapping[str, LazyTensor], adapter: Adapter | MethodAdapter, *, wide: bool = False) -> dict[str, LazyTensor]:
     """The base's weights with W + factor * B A in the place of W, under DoRA its rows of the trained lengths, and with what was trained
     whole; made when they are read, in fp32 at least, and rounded to the base's dtype unless `wide`. Where the adapter of a tied
     embedding is not the head's, `lm_head.weight` comes beside it (see `merged_spec`). Raises CheckpointError for a bias without a place."""
+    if isinstance(adapter, MethodAdapter):
+        return merged_method(tensors, adapter, wide=wide)
     out = dict(tensors)
     for name, read in merged_reads(tensors, adapter.tensors, adapter.factors, adapter.tokens).items():
         dtype = torch.promote_types(tensors[name].dtype, torch.float32)
@@ -140,12 +151,13 @@ def merged(tensors: Mapping[str, LazyTensor], adapter: Adapter, *, wide: bool = 
     return out
 
 
-def merged_spec(spec: ModelSpec, adapter: Adapter) -> ModelSpec:
+def merged_spec(spec: ModelSpec, adapter: Adapter | MethodAdapter) -> ModelSpec:
     """The spec of the merged model: LoRA on a tied embedding leaves the head as it was, so the head becomes one of its own."""
-    return replace(spec, tie_embeddings=spec.tie_embeddings and "embed_tokens" not in adapter.factors)
+    own = isinstance(adapter, Adapter) and "embed_tokens" in adapter.factors
+    return replace(spec, tie_embeddings=spec.tie_embeddings and not own)
 
 
-def merge_loss(tensors: Mapping[str, LazyTensor], adapter: Adapter, dtype: torch.dtype | None) -> float:
+def merge_loss(tensors: Mapping[str, LazyTensor], adapter: Adapter | MethodAdapter, dtype: torch.dtype | None) -> float:
     """How much of the adapter's change is lost when the merged weights are rounded to `dtype` (None: the base's): the norm of the
     rounding errors over the norm of the changes."""
     lost = change = 0.0
@@ -194,7 +206,9 @@ def _check_tied(folder: Path, adapter: Adapter, config: Mapping[str, Any], spec:
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    return read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+    """The base's hash and quantisation, as far as the folder says."""
+    said = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+    return {key: said.get(key) for key in ("base", "quant")}
 
 
 # ---- writing
@@ -204,7 +218,7 @@ def save_adapter(
     folder: Path,
     spec: ModelSpec,
     parameters: Iterable[tuple[str, Tensor]],
-    cfg: LoraConfig,
+    cfg: Any,
     *,
     base: Mapping[str, str],
     trained: bool = True,
@@ -214,11 +228,11 @@ def save_adapter(
     base: {path, sha256} of the model it belongs to, and {quant} if it was quantised. trained: a step with a learning rate was taken, so
     an adapter that does nothing is an error. Raises CheckpointError on every rank.
     """
-    held = {name: tensor for name, tensor in parameters if ".lora_" in name}
+    held = {name: tensor for name, tensor in parameters if is_adapter(name)}
     items = list_items(held)
     on_rank_0(lambda: _check_free(folder))
     whole = {name: gather(held.get(name), items[name]) for name in sorted(items)}
-    on_rank_0(lambda: _write(folder, spec, whole, cfg, base, trained))
+    on_rank_0(lambda: write_adapter(folder, spec, whole, cfg, base, trained))
 
 
 def _check_free(folder: Path) -> None:
@@ -226,9 +240,10 @@ def _check_free(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is not empty\n  fix: choose another folder, or remove it first")
 
 
-def _write(folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], cfg: LoraConfig, base: Mapping[str, str], trained: bool) -> None:
-    """Rank 0's part."""
-    peft, config = to_peft(spec, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, cfg)
+def write_adapter(folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], cfg: Any, base: Mapping[str, str], trained: bool) -> None:
+    """save_adapter's part of rank 0 alone, of whole tensors."""
+    files = to_peft if isinstance(cfg, LoraConfig) else to_method_files
+    peft, config = files(spec, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, cfg)
     config["base_model_name_or_path"] = base["path"]
     temporary = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(parents=True)
@@ -256,6 +271,10 @@ def _problems(folder: Path, spec: ModelSpec, written: Mapping[str, Tensor], trai
     values = {name: tensor.read(()) for name, tensor in adapter.tensors.items()}
     if bad := [name for name, value in values.items() if not value.isfinite().all()]:
         yield f"numbers that are not finite in {bad[0]}"
+    if isinstance(adapter, MethodAdapter):
+        if trained and does_nothing(values, adapter.cfg):
+            yield "it is what it began as after training, so it does nothing"
+        return
     zeros = [name for name in values if (name.endswith(".lora_b") and name != "embed_tokens.lora_b") or name == "embed_tokens.lora_a"]
     if trained and not any(values[name].any() for name in zeros):
         yield "every B is zero after training, so it does nothing"

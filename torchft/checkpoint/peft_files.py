@@ -119,7 +119,7 @@ def to_peft(spec: ModelSpec, tensors: Mapping[str, Tensor], cfg: LoraConfig) -> 
             out[key + names["lora_magnitude"]] = _joined_magnitudes(place, members, tensors)
         ranks[place], alphas[place] = len(a), factor * (sqrt(len(a)) if cfg.rslora else len(a))
     turned = {s.transposed for s in stored.values() if s.members != ("embed_tokens.weight",)}
-    config = _config(ranks, alphas, _targets(spec, ranks), rslora=cfg.rslora, transposed=turned == {True})
+    config = _config(ranks, alphas, targets_in_files(spec, ranks), rslora=cfg.rslora, transposed=turned == {True})
     more, keys = _beside(spec, tensors, cfg, stored)
     return out | more, config | keys
 
@@ -195,7 +195,7 @@ def _joined(
     return a, b, bias, factor
 
 
-def _targets(spec: ModelSpec, places: Iterable[str]) -> list[str]:
+def targets_in_files(spec: ModelSpec, places: Iterable[str]) -> list[str]:
     """Module names as PEFT wants them: the last part where every layer of that name has an adapter, else the whole name."""
     rules = FAMILIES[spec.family].KEYS
     all_places = {stored_as(rules, name).name.removesuffix(".weight") for name in weight_shapes(spec) if name.endswith(".weight")}

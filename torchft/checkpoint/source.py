@@ -16,17 +16,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from torchft.checkpoint.adapters import Adapter, merged, merged_spec, open_adapter
+from torchft.checkpoint.adapters import START, Adapter, merged, merged_spec, open_adapter
 from torchft.checkpoint.assets import Assets, read_assets
 from torchft.checkpoint.gguf import GgufFile
 from torchft.checkpoint.hf import weight_shapes
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.manifest import MANIFEST, TensorInfo, hash_weights, read_manifest, read_state, verify
+from torchft.checkpoint.method_files import MethodAdapter
 from torchft.checkpoint.new_rows import NewRows, cut
 from torchft.checkpoint.peft_files import factors_of, plain_lora
 from torchft.checkpoint.quantised import open_base
 from torchft.checkpoint.reader import load_tensors, read_index
-from torchft.checkpoint.tensor_files import LazyTensor
+from torchft.checkpoint.tensor_files import LazyTensor, held_tensor
 from torchft.config.show import read_saved
 from torchft.data.templates import build_template
 from torchft.errors import CheckpointError
@@ -34,8 +35,10 @@ from torchft.models.build import read_config
 from torchft.models.custom import CustomSpec, custom_spec
 from torchft.models.spec import ModelSpec
 from torchft.models.vocabulary import VocabConfig, resize_spec, without_padding
-from torchft.peft.inits import STARTS_AT_WEIGHTS, starting_factors
+from torchft.peft.inits import STARTS_AT_WEIGHTS, first_a, starting_factors
+from torchft.peft.linear import is_adapter
 from torchft.peft.lora import LoraConfig, with_new_tokens
+from torchft.peft.methods import base_names, config_from, grown
 from torchft.quant.swap import QuantConfig
 from torchft.tokenizers.load import load_tokenizer
 from torchft.tokenizers.protocol import Tokenizer
@@ -86,9 +89,12 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
         spec, origin = read_config(base, packed=True)[0], str(base)
     vocab = VocabConfig(**(model.get("vocab") or {}))
     new_rows, trained = NewRows(spec, int(config.get("seed") or 0), vocab.noise), resize_spec(spec, vocab)
-    shapes, saved = weight_shapes(trained), read_index(path / "model")
+    section = config.get("adapter") or {}
+    method = config_from(section) if section and not section.get("path") else None
+    built = grown(trained, method)
+    shapes, saved = weight_shapes(built), read_index(path / "model")
     adapter = _adapter(path, saved, config, spec, trained)
-    _check_fit(path, origin, shapes, {name: info for name, info in saved.items() if ".lora_" not in name})
+    _check_fit(path, origin, shapes, {name: info for name, info in saved.items() if not is_adapter(name)})
     frozen = [name for name in shapes if name not in saved]
     if frozen and (base is None or recorded.get("sha256") != hash_weights(base)):
         raise CheckpointError(
@@ -96,9 +102,12 @@ def open_training(path: Path, base: Path | None = None) -> ModelSource:
         )
     quant = QuantConfig(**json.loads(recorded["quant"])) if recorded.get("quant") else None
     kept = open_base(base, trained, new_rows=new_rows, quant=quant) if frozen and base is not None else {}
-    held = {name: _trained(path / "model", name, saved[name]) if name in saved else kept[name] for name in shapes}
+    held = {
+        name: _trained(path / "model", name, saved[name]) if name in saved else kept[stands]
+        for name, stands in base_names(shapes, trained, method).items()
+    }
     held = merged(held, _with_start(adapter, held, config)) if adapter else held
-    spec = without_padding(merged_spec(trained, adapter) if adapter else trained)
+    spec = without_padding(merged_spec(built, adapter) if adapter else built)
     tensors = {name: cut(held[name], shape[0]) for name, shape in weight_shapes(spec).items()}
     return ModelSource(spec, tensors, _run_assets(config, base))
 
@@ -135,29 +144,35 @@ def recorded_base(path: Path, recorded: dict[str, str]) -> Path:
     return Path(named)
 
 
-def _adapter(path: Path, saved: dict[str, TensorInfo], config: dict[str, Any], base: ModelSpec, trained: ModelSpec) -> Adapter | None:
-    """The adapter a checkpoint holds, None without one; its factors stand in the run's config, or in the files it started from.
+def _adapter(
+    path: Path, saved: dict[str, TensorInfo], config: dict[str, Any], base: ModelSpec, trained: ModelSpec
+) -> Adapter | MethodAdapter | None:
+    """The adapter a checkpoint holds, None without one; what it is stands in the run's config, or in the files it started from.
 
     base, trained: the specs without and with the run's new tokens.
     """
-    names = [name for name in saved if ".lora_" in name]
+    names = [name for name in saved if is_adapter(name)]
     if not names:
         return None
     section = dict(config.get("adapter") or {})
-    start = section.pop("path", None)
+    start = section.pop("path", None) or (path.resolve().parent.parent / START if section.get("init") == "eva" else None)
     if not section:
         raise CheckpointError(f"{path} holds an adapter, but its run's config.yaml is not there\n  fix: put the run folder together again")
     tensors = {name: _trained(path / "model", name, saved[name]) for name in names}
     if start:
         return replace(open_adapter(Path(start), trained), tensors=tensors)
-    cfg = LoraConfig(**section)
-    return Adapter(tensors, factors_of(cfg, names), tokens=tuple(with_new_tokens(cfg, base, trained)))
+    cfg = config_from(section)
+    if not isinstance(cfg, LoraConfig):
+        return MethodAdapter(cfg, tensors)
+    if cfg.lora_fa != "none":
+        tensors |= {name: held_tensor(a) for name, a in first_a(trained, cfg, int(config.get("seed") or 0)).items()}
+    return Adapter(tensors, factors_of(cfg, tensors), tokens=tuple(with_new_tokens(cfg, base, trained)))
 
 
-def _with_start(adapter: Adapter, base: dict[str, LazyTensor], config: dict[str, Any]) -> Adapter:
+def _with_start(adapter: Adapter | MethodAdapter, base: dict[str, LazyTensor], config: dict[str, Any]) -> Adapter | MethodAdapter:
     """An adapter that began as a part of the base's weights, which is not in the checkpoint, with that part taken out again."""
     section = config.get("adapter") or {}
-    if section.get("path") or section.get("init") not in STARTS_AT_WEIGHTS:
+    if isinstance(adapter, MethodAdapter) or section.get("path") or section.get("init") not in STARTS_AT_WEIGHTS:
         return adapter
     tensors = dict(adapter.tensors)
     for module, factor in ((module, factor) for module, factor in adapter.factors.items() if module != "embed_tokens"):
@@ -166,7 +181,7 @@ def _with_start(adapter: Adapter, base: dict[str, LazyTensor], config: dict[str,
         pair = starting_factors(section["init"], base[f"{module}.weight"].read(()).to(dtype), rank, factor)
         start = {f"{module}.lora_start_{half}": tensor.to(dtype) for half, tensor in zip("ab", pair)}
         for name, tensor in plain_lora({name: tensors[name].read(()) for name in names} | start).items():
-            tensors[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.__getitem__)
+            tensors[name] = held_tensor(tensor)
     return replace(adapter, tensors=tensors)
 
 

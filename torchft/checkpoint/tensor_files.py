@@ -47,6 +47,11 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def held_tensor(tensor: Tensor) -> LazyTensor:
+    """A tensor that is in memory, as one that is read."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.__getitem__)
+
+
 def open_tensors(folder: Path, *, packed: bool = False) -> dict[str, LazyTensor]:
     """All tensors of a folder of safetensors by the names in the files, in the files' order. packed: int32 ones may be among them.
 

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(Problem("--dtype", given, f"at most {MAX_LOSS:.0%}", "merge with --dtype fp32, or --force"))
     whole = type(source)(merged_spec(source.spec, adapter), merged(source.tensors, adapter, wide=dtype is not None), source.assets)
     export_hf_folder(whole, "", arguments.out, dtype=dtype, shard_bytes=arguments.shard_size)
-    print(f"{arguments.out}: {len(adapter.factors)} layers merged; rounding errors are {loss:.1%} of the adapter's changes")
+    print(f"{arguments.out}: {len(adapter.modules())} layers merged; rounding errors are {loss:.1%} of the adapter's changes")
     if adapter.quant and arguments.values == "original":
         error = quantisation_error(source, adapter)
         print(f"the base it was trained on was quantised: those values lie {error:.1f} times the adapter's changes from the original's")

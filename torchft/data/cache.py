@@ -75,6 +75,8 @@ class TokenCache:
     size: int = 1  # sequences of a sample
     places: np.ndarray | None = None  # (samples,) int64: of a part of a cache, which of the arrays' samples are its own
     bad: tuple[str, ...] = ()  # what is wrong with the first records left out
+    virtual: int = 0  # virtual tokens before each sequence: ids -1, -2, ..., never predicted
+    first_is_predicted: bool = True  # with virtual tokens: so that the first real one may be, from the last of them
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -82,23 +84,36 @@ class TokenCache:
     def lengths(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of each of these samples: (k,) int64 -> (k,) int64."""
         first = self._first(samples)
-        return self.offsets[first + self.size] - self.offsets[first]
+        return self.offsets[first + self.size] - self.offsets[first] + self.virtual * self.size
 
     def unit(self, i: int) -> list[Encoded]:
         """The sequences of sample i, copied out of the map."""
         first = int(self._first(i))
         edges = self.offsets[first : first + self.size + 1].tolist()
-        return [Encoded(np.array(self.ids[lo:hi]), self.weights[lo:hi].astype(np.float32)) for lo, hi in pairwise(edges)]
+        return [self._begun(np.array(self.ids[lo:hi]), self.weights[lo:hi].astype(np.float32)) for lo, hi in pairwise(edges)]
 
     def piece(self, i: int, lo: int, hi: int) -> Encoded:
         """Tokens lo..hi of sample i, and what follows them in it; copied out of the map."""
-        assert self.size == 1, "units are never cut"
+        assert self.size == 1 and not self.virtual, "units and what begins with virtual tokens are never cut"
         first = int(self._first(i))
         start, end = int(self.offsets[first]), int(self.offsets[first + 1])
         here = slice(start + lo, start + hi)
         after = start + hi
         follower = (int(self.ids[after]), float(self.weights[after])) if after < end else None
         return Encoded(np.array(self.ids[here]), self.weights[here].astype(np.float32), follower, lo)
+
+    def with_virtual(self, count: int, *, first_is_predicted: bool) -> "TokenCache":
+        """The same samples, each sequence with `count` virtual tokens before it."""
+        return replace(self, hash=f"{self.hash}-{count}", virtual=count, first_is_predicted=first_is_predicted)
+
+    def _begun(self, ids: np.ndarray, weights: np.ndarray) -> Encoded:
+        """A sequence behind its virtual tokens."""
+        if not self.virtual:
+            return Encoded(ids, weights)
+        if not self.first_is_predicted:
+            weights[0] = 0
+        before = -1 - np.arange(self.virtual, dtype=ids.dtype)
+        return Encoded(np.concatenate([before, ids]), np.concatenate([np.zeros(self.virtual, np.float32), weights]))
 
     def part(self, places: np.ndarray, name: str, counts: Counts) -> "TokenCache":
         """Some of the samples as a cache of their own, over the same arrays. counts: of the part."""

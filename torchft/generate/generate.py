@@ -24,6 +24,7 @@ from torchft.generate.text import SampleText
 from torchft.models.decoder import Decoder
 from torchft.models.layers.attend import VarlenCore
 from torchft.models.layers.kv_cache import KVCache
+from torchft.peft.virtual import num_virtual, virtual_ids
 from torchft.tokenizers.protocol import Tokenizer
 
 PADDING = 1  # document id of padding; real tokens have 0
@@ -141,9 +142,10 @@ class _Row:
 def _build_row(
     model: Decoder, prompt: Sequence[int], sample: tuple[int, int], id: int, cfg: SamplingConfig, tokenizer: Tokenizer | None
 ) -> _Row:
-    room = min(cfg.max_new_tokens, model.spec.max_seq_len - len(prompt))
+    whole = [*virtual_ids(num_virtual(model)), *prompt]  # an adapter of virtual tokens wants them before each document
+    room = min(cfg.max_new_tokens, model.spec.max_seq_len - len(whole))
     key = f"{id}.{sample[1]}" if sample[1] else str(id)
-    return _Row(sample, key, list(prompt), room, None if tokenizer is None else SampleText(tokenizer, cfg.stop))
+    return _Row(sample, key, whole, room, None if tokenizer is None else SampleText(tokenizer, cfg.stop))
 
 
 @torch.no_grad()  # not inference_mode: tables the model keeps would be of no use to training later
@@ -166,7 +168,7 @@ def _complete(
         kept = torch.tensor([place[row.sample[0]] for row in rows], device=weight.device)
         cache.keep_rows(kept)
         documents, logits = documents[kept], logits[kept]
-    penalties = build_penalties(cfg, [row.prompt for row in rows], logits.shape[-1], logits.device)
+    penalties = build_penalties(cfg, [[token for token in row.prompt if token >= 0] for row in rows], logits.shape[-1], logits.device)
     live = rows
     while True:
         positions = [row.position for row in live]
@@ -271,7 +273,7 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], cfg: SamplingConfig
     if problems:
         raise ConfigError(problems)
     for index, prompt in enumerate(prompts):
-        _check_prompt(index, prompt, model.spec.max_seq_len, size)
+        _check_prompt(index, prompt, model.spec.max_seq_len - num_virtual(model), size)
 
 
 def _check_prompt(index: int, prompt: Sequence[int], max_seq_len: int, vocab_size: int) -> None:

@@ -1,6 +1,6 @@
 """Modules by glob: `q_proj` (the last name), `layers.*.self_attn.*` (the whole name). A pattern that matches nothing is an error."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -24,6 +24,14 @@ def select_modules(
     if not chosen:
         raise ConfigError(Problem(key, f"{targets} without {exclude}", "at least one module", "exclude fewer modules"))
     return chosen
+
+
+def in_layers(names: Sequence[str], layers: Sequence[int], *, key: str) -> list[str]:
+    """Those of the modules' names that stand in one of the layers, counted from 0; no layers: all. Raises ConfigError for an empty one."""
+    found = {layer: [name for name in names if name.startswith(f"layers.{layer}.")] for layer in layers}
+    if empty := [str(layer) for layer, inside in found.items() if not inside]:
+        raise ConfigError(Problem(key, ", ".join(empty), "layers that have a target, counted from 0", "remove them, or widen the targets"))
+    return [name for name in names if not layers or any(name in inside for inside in found.values())]
 
 
 def matches(name: str, patterns: list[str]) -> bool:

@@ -21,7 +21,7 @@ from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import Decoder
 from torchft.quant.linear import QuantLinear
 
-Role = Literal["column", "row", "norm", "added_norm", "head_norm", "gather", "embedding", "positions"]
+Role = Literal["column", "row", "norm", "added_norm", "head_norm", "gather", "core", "embedding", "positions"]
 Plan = tuple[tuple[str, Role], ...]
 
 PLAN: Plan = (
@@ -31,6 +31,7 @@ PLAN: Plan = (
     ("layers.*.self_attn", "gather"),
     ("layers.*.self_attn.q_proj", "column"),
     ("layers.*.self_attn.[qk]_norm", "head_norm"),
+    ("layers.*.self_attn.core", "core"),
     ("layers.*.self_attn.o_proj", "row"),
     ("layers.*.mlp", "gather"),
     ("layers.*.mlp.gate_proj", "column"),
@@ -50,7 +51,7 @@ NORMS: dict[str, Plan] = {  # by ModelSpec.block, whose norms of one name stand 
 }
 
 LINEAR_DIMS = {"weight": (0, 1), "bias": (0, None)}  # {parameter: (dim cut in a column, dim cut in a row)}; None: whole on each rank
-ROLE_INDEX = {"column": 0, "embedding": 0, "row": 1}
+ROLE_INDEX = {"column": 0, "core": 0, "embedding": 0, "row": 1}
 
 
 def apply_tp(model: Decoder, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
@@ -136,6 +137,10 @@ def _added_norm(mesh: DeviceMesh, stream: Placement):
     return lambda x: _as_dtensor(x, mesh, stream), lambda y: y.to_local()
 
 
+def _core(mesh: DeviceMesh, stream: Placement):
+    return None, None  # plain local heads in and out
+
+
 def _head_norm(mesh: DeviceMesh, stream: Placement):
     # (b, t, local heads, head_dim): one weight for all heads, whose gradient is a sum over the ranks' heads
     return lambda x: _as_dtensor(x, mesh, Shard(2)), lambda y: y.to_local()
@@ -162,6 +167,7 @@ _BORDERS: dict[Role, Callable] = {
     "norm": _norm,
     "added_norm": _added_norm,
     "head_norm": _head_norm,
+    "core": _core,
     "gather": _gather,
     "column": _column,
     "row": _row,

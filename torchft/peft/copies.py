@@ -16,16 +16,16 @@ PREFIX = "lora_copy_"
 
 
 class CopyMixin:
-    """Goes before a module's class in the swapped class, which reads its parameters through `lora_on`."""
+    """Goes before a module's class in the swapped class, which reads its parameters through `adapter_on`."""
 
     TP_DIMS = {f"{PREFIX}weight": (0, 1), f"{PREFIX}bias": (0, None)}
-    lora_on = True
+    adapter_on = True
 
 
 @cache
 def copy_class_of(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The class that a module of class `base` with copies of these parameters is swapped to."""
-    readers = {name: property(lambda self, name=name: self._parameters[PREFIX + name if self.lora_on else name]) for name in names}
+    readers = {name: property(lambda self, name=name: self._parameters[PREFIX + name if self.adapter_on else name]) for name in names}
     return type(f"Copied{base.__name__}", (CopyMixin, base), {"lora_base": base, **readers})
 
 

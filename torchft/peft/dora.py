@@ -23,7 +23,7 @@ class DoraMixin(LoraMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         base = super(LoraMixin, self).forward(x)
-        if not self.lora_on:
+        if not self.adapter_on:
             return base
         scale, holed = self.lora_magnitude / self.norm(), self.dropped(x)
         if holed is not x:

@@ -24,12 +24,12 @@ class EmbeddingMixin:
     """Goes before the embedding's class."""
 
     TP_DIMS = {"lora_a": (1, None), "lora_b": (None, None)}
-    lora_on = True
+    adapter_on = True
     lora_factor: float
 
     def forward(self, tokens: Tensor) -> Tensor:
         y = super().forward(tokens)
-        if not self.lora_on:
+        if not self.adapter_on:
             return y
         rows = _whole(F.embedding(tokens, self.lora_a.t()))  # (b, t, r)
         return _whole(y) + self.scaled(self.lora_factor * F.linear(rows, self.lora_b))
@@ -40,7 +40,7 @@ class HeadMixin(LoraMixin):
 
     def forward(self, tied_weight: Tensor | None) -> Projection:
         shown = super(LoraMixin, self).forward(tied_weight)
-        if not self.lora_on:
+        if not self.adapter_on:
             return shown
         a, b = _shared(self.lora_a), _local(self.lora_b)
         if self.starts_at_weights:
@@ -55,14 +55,14 @@ class RowsMixin:
     """Goes before the class of the embedding or of a head. lora_tokens: the rows that train, ascending."""
 
     TP_DIMS = {"lora_rows": (None, None)}
-    lora_on = True
+    adapter_on = True
     lora_tokens: tuple[int, ...]
 
 
 class RowsEmbeddingMixin(RowsMixin):
     def forward(self, tokens: Tensor) -> Tensor:
         y = super().forward(tokens)
-        if not self.lora_on:
+        if not self.adapter_on:
             return y
         slots = place_of(self.lora_tokens, self.num_embeddings, str(self.lora_rows.device))[_local(tokens)]  # (b, t); -1: not among them
         own, slots = (_like(x, tokens) for x in ((slots >= 0)[..., None], slots.clamp(min=0)))
@@ -76,7 +76,7 @@ class RowsHeadMixin(RowsMixin):
 
     def forward(self, tied_weight: Tensor | None) -> Projection:
         shown = super().forward(tied_weight)
-        if not self.lora_on:
+        if not self.adapter_on:
             return shown
         first, count = (shown.vocab.start if shown.vocab else 0), len(shown.weight)
         here = [i for i, token in enumerate(self.lora_tokens) if first <= token < first + count]

@@ -23,14 +23,14 @@ class LoraMixin:
     TP_DIMS = {name: dims for part in ("", "start_") for name, dims in ((f"lora_{part}a", (None, 1)), (f"lora_{part}b", (0, None)))}
     TP_DIMS |= {"lora_bias": (0, None)}
     lora_factor: float
-    lora_on = True
+    adapter_on = True
     lora_dropout = 0.0
     lora_salt = 0  # of the numbers that fall out
     token_keys: Tensor | None = None  # of the tokens the block is called with; None: nothing falls out
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return y + self.update(x) if self.lora_on else y
+        return y + self.update(x) if self.adapter_on else y
 
     def update(self, x: Tensor) -> Tensor:
         """What the adapter adds: (..., in) -> (..., out)."""
@@ -57,15 +57,23 @@ class LoraMixin:
         return hasattr(self, "lora_start_a")
 
 
+PREFIXES = ("lora_", "ia3_", "vera_", "oft_", "prompt_", "prefix_")
+
+
+def is_adapter(name: str) -> bool:
+    """True for the name of an adapter's parameter, of any method; HF has none that begins so."""
+    return name.rpartition(".")[2].startswith(PREFIXES)
+
+
 @contextmanager
 def adapters_off(roots: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, the models (or stages) are their bases."""
-    adapted = [module for root in roots for module in root.modules() if hasattr(module, "lora_on")]
-    before = [module.lora_on for module in adapted]
+    adapted = [module for root in roots for module in root.modules() if hasattr(module, "adapter_on")]
+    before = [module.adapter_on for module in adapted]
     try:
         for module in adapted:
-            module.lora_on = False
+            module.adapter_on = False
         yield
     finally:
         for module, on in zip(adapted, before, strict=True):
-            module.lora_on = on
+            module.adapter_on = on

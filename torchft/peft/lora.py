@@ -18,13 +18,15 @@ from torchft.models.decoder import Decoder, build_decoder
 from torchft.models.init import fill_blocks
 from torchft.models.layers.head import Head
 from torchft.models.layers.norm import LayerNorm, RMSNorm
-from torchft.models.select import matches, select_modules
+from torchft.models.select import in_layers, matches, select_modules
 from torchft.models.spec import ModelSpec
 from torchft.peft.copies import add_copies
 from torchft.peft.dora import DoraMixin
 from torchft.peft.dropout import key_blocks
 from torchft.peft.ends import EmbeddingMixin, HeadMixin, RowsEmbeddingMixin, RowsHeadMixin
-from torchft.peft.linear import LoraMixin
+from torchft.peft.linear import LoraMixin, is_adapter
+
+Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"]
 
 ENDS = {"embed_tokens": nn.Embedding, "lm_head": Head}  # adapted only if named: a wildcard means the linear layers of the blocks
 WHOLE = (nn.Linear, nn.Embedding, Head, RMSNorm, LayerNorm)  # what modules_to_save may name
@@ -37,7 +39,8 @@ class LoraConfig:
     rank: int = 8  # width of the adapter
     alpha: float = 16.0  # the adapter is multiplied by alpha / rank
     dora: bool = False  # train each output's length apart from its direction (DoRA, see peft/dora.py)
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"  # first values of A and B (peft/inits.py)
+    init: Init = "default"  # first values of A and B (peft/inits.py); eva: of what the layers are given (peft/eva.py)
+    lora_fa: Literal["none", "plain", "projected"] = "none"  # LoRA-FA: A stays as it begins, B trains (peft/lora_fa.py)
     rslora: bool = False  # multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023): large ranks learn as fast as small ones
     targets: list[str] = field(default_factory=lambda: ["*_proj"])  # globs of modules, by their last or their whole name
     exclude: list[str] = field(default_factory=list)  # globs of modules to leave out
@@ -56,6 +59,18 @@ class LoraConfig:
                 yield Problem(f"adapter.{key}", str(rank), "a whole number >= 1", "use 8 or 16")
             elif rank % 2 and self.init == "orthogonal":
                 yield Problem(f"adapter.{key}", str(rank), "an even number with adapter.init=orthogonal", "use 8 or 16")
+        if self.lora_fa != "none" and self.init not in ("default", "gaussian", "orthogonal"):
+            expected = "default, gaussian or orthogonal with adapter.lora_fa: A is not saved and is made again from the seed"
+            yield Problem("adapter.init", self.init, expected, "set adapter.init=default, or adapter.lora_fa=none")
+        if ends := [name for name in ENDS if name in self.targets and (self.lora_fa != "none" or self.init in ("eva", "loftq"))]:
+            expected = f"the layers of the blocks alone with adapter.init={self.init}, adapter.lora_fa={self.lora_fa}"
+            yield Problem("adapter.targets", ends[0], expected, "leave it out of the targets")
+        beside = {key: getattr(self, key) for key in ("dora", "lora_bias", "modules_to_save", "trainable_tokens")} | {
+            "bias": self.bias != "none"
+        }
+        if self.init == "eva" and (more := [key for key, value in beside.items() if value]):
+            expected = "nothing beside A and B with adapter.init=eva: it begins from a file of these"
+            yield Problem(f"adapter.{more[0]}", str(getattr(self, more[0])), expected, "leave it out, or set adapter.init=default")
         for key, alpha in {"alpha": self.alpha, **{f"alpha_pattern.{name}": a for name, a in self.alpha_pattern.items()}}.items():
             if not alpha > 0:
                 yield Problem(f"adapter.{key}", str(alpha), "a number > 0", "use 2 x adapter.rank")
@@ -87,11 +102,14 @@ class LoraConfig:
         """The rank of a module's adapter."""
         return next((rank for pattern, rank in self.rank_pattern.items() if matches(name, [pattern])), self.rank)
 
+    def alpha_of(self, name: str) -> float:
+        """The alpha of a module's adapter."""
+        return next((alpha for pattern, alpha in self.alpha_pattern.items() if matches(name, [pattern])), self.alpha)
+
     def factor_of(self, name: str) -> float:
         """What a module's B A is multiplied by."""
         rank = self.rank_of(name)
-        alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if matches(name, [pattern])), self.alpha)
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,7 @@ def add_adapter(module: nn.Module, name: str, cfg: LoraConfig) -> None:
     module.lora_factor = cfg.factor_of(name)
     for part, trained in (("", True), ("start_", False))[: 2 if cfg.starts_at_weights and ends is not EmbeddingMixin else 1]:
         a, b = torch.empty(rank, ins, **options), torch.empty(outs, rank, **options)
-        module.register_parameter(f"lora_{part}a", nn.Parameter(a, requires_grad=trained))
+        module.register_parameter(f"lora_{part}a", nn.Parameter(a, requires_grad=trained and cfg.lora_fa == "none"))
         module.register_parameter(f"lora_{part}b", nn.Parameter(b, requires_grad=trained))
     if cfg.dora:
         module.lora_magnitude = nn.Parameter(torch.empty(outs, **options))
@@ -222,11 +240,8 @@ def adapted(whole: Sequence[nn.Module], cfg: LoraConfig) -> list[str]:
     kinds = (nn.Linear, *(kind for name, kind in ENDS.items() if name in cfg.targets))
     matching = select_modules(whole, cfg.targets, cfg.exclude, kinds, key="adapter.targets")
     found = [name for name, module in matching if isinstance(module, nn.Linear) or name in cfg.targets]
-    in_layer = {layer: [name for name in found if name.startswith(f"layers.{layer}.")] for layer in cfg.layers}
-    if empty := [str(layer) for layer, names in in_layer.items() if not names]:
-        expected = "layers that have a target, counted from 0"
-        raise ConfigError(Problem("adapter.layers", ", ".join(empty), expected, "remove them, or widen adapter.targets"))
-    chosen = [name for name in found if not cfg.layers or name in ENDS or any(name in names for names in in_layer.values())]
+    inside = in_layers(found, cfg.layers, key="adapter.layers")
+    chosen = [name for name in found if name in ENDS or name in inside]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(cfg, key):
             if not any(matches(name, [pattern]) for name in chosen):
@@ -245,7 +260,7 @@ def remove_lora(root: nn.Module) -> None:
     """Takes all adapters off a model that is not sharded: its layers are what they were."""
     for module in root.modules():
         while hasattr(type(module), "lora_base"):
-            for name in [name for name in module._parameters if name.startswith("lora_")]:
+            for name in [name for name in module._parameters if is_adapter(name)]:
                 delattr(module, name)
             module.__class__ = type(module).lora_base
 

@@ -104,9 +104,22 @@ class Tokens:
     validation: dict[str, TokenCache]  # by name, as in metrics: val/<name>/loss
 
 
-def build_tokens(cfg: DataConfig | TextDataConfig, text: Text, world: World) -> Tokens:
+@dataclass(frozen=True)
+class Virtual:
+    """Virtual tokens of an adapter before each document."""
+
+    count: int = 0
+    first_is_predicted: bool = True  # the document's first token, from the last virtual one
+
+    def before(self, cache: TokenCache) -> TokenCache:
+        """The cache with them."""
+        return cache.with_virtual(self.count, first_is_predicted=self.first_is_predicted) if self.count else cache
+
+
+def build_tokens(cfg: DataConfig | TextDataConfig, text: Text, world: World, virtual: Virtual = Virtual()) -> Tokens:
     """The tokenised sources, made by all ranks together where they don't exist yet, and what is held out of them. Of a source that is
-    streamed there is nothing."""
+    streamed there is nothing. virtual: tokens that data.seq_len holds too."""
+    cfg = replace(cfg, seq_len=cfg.seq_len - virtual.count)
     train = [] if cfg.streaming else [build_source(source, text, cfg, world) for source in cfg.train]
     validation = {name: build_source(source, text, cfg, world) for name, source in cfg.validation.items()}
     if cfg.validation_size:
@@ -114,7 +127,7 @@ def build_tokens(cfg: DataConfig | TextDataConfig, text: Text, world: World) -> 
         train = [rest for rest, _ in pairs]
         held = dict(zip(held_out_names(cfg), (part for _, part in pairs), strict=True))
         validation |= {name: replace(part, name=name) for name, part in held.items()}
-    return Tokens(train, validation)
+    return Tokens([virtual.before(cache) for cache in train], {name: virtual.before(cache) for name, cache in validation.items()})
 
 
 def encode_prompts(prompts: Sequence[str], text: Text) -> list[list[int]]:

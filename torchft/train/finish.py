@@ -20,7 +20,7 @@ from torchft.log import get_logger
 from torchft.metrics.plot import plot_run
 from torchft.metrics.rows import read_rows
 from torchft.metrics.summary import summarise, summary_text, write_summary
-from torchft.train.adapter import export_adapter, export_merged
+from torchft.train.adapter import export_adapter, export_merged, is_whole_model
 from torchft.train.card import model_card
 from torchft.train.job import Job
 from torchft.train.record import read_run
@@ -62,7 +62,7 @@ class ExportConfig:
 @dataclass
 class AdapterExportConfig(ExportConfig):
     hf: bool = False  # at the end also write export/step_N, the base with the adapter merged in; later: torchft export
-    adapter: bool = True  # at the end write adapter/step_N, which PEFT, transformers and vLLM load beside the base
+    adapter: bool = True  # at the end write adapter/step_N, which PEFT and vLLM load beside the base; of llama_pro the whole model
 
     @property
     def writes_anything(self) -> bool:
@@ -87,9 +87,10 @@ def finish_run(cfg, run: Run, job: Job) -> int:
 
 def _export(cfg, run: Run, job: Job) -> Path | None:
     """Writes what `export` asks for; the folder to publish, if any: the model before the adapter."""
-    has_adapter = getattr(cfg, "adapter", None) is not None
-    adapter = has_adapter and cfg.export.adapter
-    if not (cfg.export.hf or adapter):
+    has_adapter, whole = getattr(cfg, "adapter", None) is not None, is_whole_model(cfg)
+    adapter = has_adapter and cfg.export.adapter and not whole
+    hf = cfg.export.hf or (whole and cfg.export.adapter)
+    if not (hf or adapter):
         return None
     step, folder = load_best(job.store, run.step) if cfg.export.best else run.step, None
     if adapter:
@@ -97,9 +98,9 @@ def _export(cfg, run: Run, job: Job) -> Path | None:
         trained = any(job.schedule(n) > 0 for n in range(1, step + 1))
         export_adapter(cfg, job.spec, job.parts, folder, job.store.base, trained=trained)
         log.info("exported the adapter %s", folder)
-    if cfg.export.hf:
+    if hf:
         folder = _free(run, "export", step)
-        if has_adapter:
+        if has_adapter and not whole:
             export_merged(cfg, job.store.folder.path / step_name(step), folder)
         else:
             export_hf(cfg, job, folder, card=_card(run, step))

@@ -19,6 +19,7 @@ from torchft.models.build import read_config
 from torchft.models.spec import ModelSpec
 from torchft.parallel.fsdp import PrecisionConfig
 from torchft.parallel.parts import Parts
+from torchft.peft.linear import is_adapter
 from torchft.quant.stored import StoredFormat
 from torchft.quant.swap import QuantConfig, apply_quant, check_stored, quantised_modules
 
@@ -68,7 +69,7 @@ def quantise(cfg, spec: ModelSpec, modules: Iterable[nn.Module]) -> None:
 def narrow_frozen(modules: Iterable[nn.Module], precision: PrecisionConfig) -> None:
     """Frozen weights (on meta) in the compute precision: they need no wide copy. What an adapter started from stays wide beside it."""
     for name, parameter in (entry for module in modules for entry in module.named_parameters()):
-        if not parameter.requires_grad and parameter.is_floating_point() and ".lora_" not in name:
+        if not parameter.requires_grad and parameter.is_floating_point() and not is_adapter(name):
             parameter.data = parameter.data.to(precision.compute_dtype)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torchft.batch import Batch
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.new_rows import NewRows
@@ -32,11 +33,13 @@ from torchft.parallel.mesh import Mesh
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
 from torchft.peft.dropout import keyed_layers
-from torchft.peft.lora import apply_lora
-from torchft.train.adapter import init_adapter, lora_of, train_new_tokens
+from torchft.peft.methods import apply_adapter, base_names
+from torchft.train.adapter import built_spec, init_adapter, prepare_optimizer, shape_of, train_new_tokens, virtual_tokens
 from torchft.train.checks import check_job
 from torchft.train.data import (
     Rows,
+    Text,
+    Tokens,
     build_loader,
     build_text,
     build_tokens,
@@ -46,6 +49,7 @@ from torchft.train.data import (
     encode_prompts,
 )
 from torchft.train.early_stop import EarlyStop, EarlyStopConfig
+from torchft.train.eva import begin_with_eva
 from torchft.train.freeze import apply_freeze, base_of
 from torchft.train.job import Job
 from torchft.train.quantised import has_quant, load_base, narrow_frozen, quantise
@@ -138,18 +142,21 @@ def build_job(cfg, run: Run) -> Job:
     mesh, world = run.mesh, run.world
     use_local_copies(cfg)
     base = read_spec(cfg.model, packed=has_quant(cfg))
-    spec = resize_spec(base, cfg.model.vocab)
+    spec = built_spec(cfg, resize_spec(base, cfg.model.vocab))
     train_new_tokens(cfg, base, spec)
     _raise_if_any(check_job(cfg, spec, mesh))
     text = build_text(cfg.tokenizer, cfg.model.path)
     _raise_if_any(itertools.chain(check_vocabulary(spec, text, cfg.tokenizer), check_prompts(cfg.validate.prompts, spec, text)))
-    tokens = build_tokens(cfg.data, text, world)
+    tokens = build_tokens(cfg.data, text, world, virtual_tokens(cfg, spec))
     run.record(data=data_facts(tokens.train, tokens.validation))
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     loader = build_loader(tokens.train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps or loader.num_steps(cfg.train.epochs))  # raises if it does not fit
+    _begin_with_eva(cfg, spec, run, text, tokens)
     parts = build_parts(cfg, spec, mesh)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
+    if adapter := getattr(cfg, "adapter", None):
+        prepare_optimizer(adapter, optimizer, parts)
     early_stop = EarlyStop(cfg.validate.early_stop)
     scaler = LossScaler(cfg.precision) if cfg.precision.compute == "fp16" else None
     spikes = Spikes(cfg.train.spike) if cfg.train.spike.zscore else None
@@ -198,6 +205,23 @@ def build_job(cfg, run: Run) -> Job:
         prompts=encode_prompts(cfg.validate.prompts, text),
         ledger=cfg.debug.ledger,
     )
+
+
+def _begin_with_eva(cfg, spec: ModelSpec, run: Run, text: Text, tokens: Tokens) -> None:
+    """With adapter.init=eva: what it finds in the first batches of training, whatever the layout, becomes adapter.path."""
+    adapter = getattr(cfg, "adapter", None)
+    if adapter is None or adapter.path or adapter.init != "eva":
+        return
+
+    def batches() -> Iterator[Batch]:
+        alone = Mesh(dict.fromkeys(run.mesh.degrees, 1), run.mesh.device)
+        rows = Rows(cfg.train.micro_batch_size, row_multiple(run.mesh), alone)
+        loader = build_loader(tokens.train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
+        found = itertools.chain.from_iterable(loader.next_step() for _ in itertools.count())
+        yield from itertools.islice(found, adapter.eva.batches)
+        loader.close()
+
+    begin_with_eva(cfg, spec, run.folder, batches, base_of(cfg), run.mesh.device)
 
 
 def read_spec(cfg: ModelConfig, *, packed: bool = False) -> ModelSpec:
@@ -260,7 +284,7 @@ def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core, cfg.parallel)
     quantise(cfg, spec, modules)
     if adapter := getattr(cfg, "adapter", None):
-        apply_lora(modules, lora_of(adapter, spec))
+        apply_adapter(modules, shape_of(adapter, spec))
         narrow_frozen(modules, cfg.precision)
     else:
         apply_freeze(modules, spec, cfg.model.train, cfg.model.freeze)
@@ -271,19 +295,22 @@ def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
 
 def load_initial_weights(cfg, spec: ModelSpec, parts: Parts) -> None:
     """The weights a new run starts from: another run's checkpoint, a HF folder, or the seed."""
-    named = [(name, parameter) for name, parameter in parts.named_parameters(copies=True) if ".lora_" not in name]
+    held, adapter = list(parts.named_parameters(copies=True)), getattr(cfg, "adapter", None)
+    base = resize_spec(read_spec(cfg.model, packed=has_quant(cfg)), cfg.model.vocab)
+    names = base_names((name for name, _ in held), base, adapter.chosen() if adapter else None)
+    named = [(names[name], parameter) for name, parameter in held if name in names]
     if cfg.checkpoint.load:
         load_weights_only(Path(cfg.checkpoint.load), parts)
         log.info("weights of %s", cfg.checkpoint.load)
     elif cfg.model.init == "random":
-        init_weights(named, spec, cfg.seed)
+        init_weights(named, base, cfg.seed)
         log.info("random weights from seed %d", cfg.seed)
     else:
         new_rows = NewRows(read_spec(cfg.model, packed=has_quant(cfg)), cfg.seed, cfg.model.vocab.noise)
-        report = load_base(cfg, spec, parts, named, new_rows)
+        report = load_base(cfg, base, parts, named, new_rows)
         log.info("weights of %s: %d tensors, %.2f GiB on this rank", cfg.model.path, report.num_tensors, report.num_bytes / 2**30)
-    if adapter := getattr(cfg, "adapter", None):
-        init_adapter(adapter, spec, parts, cfg.seed)
+    if adapter:
+        init_adapter(cfg, spec, parts)
 
 
 def row_multiple(mesh: Mesh) -> int:

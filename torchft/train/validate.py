@@ -27,6 +27,7 @@ from torchft.models.spec import ModelSpec
 from torchft.models.vocabulary import resize_spec
 from torchft.optim.schedules import build_schedule
 from torchft.parallel.mesh import Mesh, resolve_degrees
+from torchft.train.adapter import built_spec
 from torchft.train.checks import check_job
 from torchft.train.data import Text, TokenizerConfig, build_text, check_vocabulary, encode_for
 from torchft.train.quantised import has_quant
@@ -78,7 +79,7 @@ def _check_training(cfg, num_processes: int, found: _Findings) -> None:
     if len(found.problems) > before:
         return
     base = found.attempt(lambda: read_spec(model, packed=has_quant(cfg)))
-    spec = None if base is None else found.attempt(lambda: resize_spec(base, model.vocab))
+    spec = None if base is None else found.attempt(lambda: built_spec(cfg, resize_spec(base, model.vocab)))
     degrees = found.attempt(lambda: resolve_degrees(cfg.parallel, num_processes))
     if spec is not None and degrees is not None:
         here = "cuda" if torch.cuda.is_available() else "cpu"
