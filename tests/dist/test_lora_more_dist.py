@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.test_lora_dist import SEED, compare, full
+from tests.dist.test_lora_dist import SEED, compare, steps
 from tests.helpers.dist import run_pooled
-from tests.helpers.tiny import global_steps, of_rank, tiny_llama
+from tests.helpers.tiny import global_steps, tiny_llama
 from torchft.batch import Batch, NoiseKey, SampleId
 from torchft.checkpoint.adapters import load_adapter, save_adapter
-from torchft.losses.cross_entropy import CrossEntropy
 from torchft.models.init import fill_blocks, init_weights
 from torchft.parallel.apply import parallelize
 from torchft.parallel.fsdp import PrecisionConfig
@@ -21,7 +20,6 @@ from torchft.parallel.pp import build_stages
 from torchft.parallel.recompute import MemoryConfig
 from torchft.peft.inits import init_adapters
 from torchft.peft.lora import LoraConfig, apply_lora
-from torchft.train.step import NonFinite, train_step
 
 KINDS = {  # name: (tied head, config)
     "dropout, biases, rows": (False, {"dropout": 0.3, "lora_bias": True, "bias": "all", "trainable_tokens": [3, 50, 95]}),
@@ -66,26 +64,13 @@ def build(world: int, parallel: dict, kind: str, recompute: bool = False):
 def train(world: int, parallel: dict, kind: str, recompute: bool = False) -> tuple[dict, dict, list[float]]:
     """Gradients of the first step, weights after the third, losses."""
     parts, lora = build(world, parallel, kind, recompute)
-    named, mesh = list(parts.named_parameters(copies=True)), parts.mesh
+    named = list(parts.named_parameters(copies=True))
     for name, p in named:
         if name.endswith((".lora_a", ".lora_b")) and lora.init == "default":  # away from zero: no gradient is zero by construction
             fill_blocks(name, p, lambda shape, g: torch.empty(shape).normal_(0, 0.1, generator=g), SEED)
     trained = {name: p for name, p in named if p.requires_grad}
     assert trained.keys() <= parts.trainable and all(".lora_" in name and ".lora_start_" not in name for name in trained)
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, eps=1e-6, weight_decay=0.1, fused=True)
-    grads: dict[str, torch.Tensor] = {}
-
-    def keep(*_) -> None:
-        if not grads:
-            grads.update({name: full(p.grad) for name, p in trained.items()})
-
-    optimizer.register_step_pre_hook(keep)
-    losses = []
-    for step, batches in enumerate(global_steps(3)):
-        mine = [keyed(batch, step) for batch in of_rank(batches, mesh.dp_rank, mesh.dp_size)]
-        stats = train_step(parts, mine, CrossEntropy(), optimizer, max_norm=0.05, nonfinite=NonFinite())
-        losses.append(parts.reduce_metrics(stats.metrics)["loss"])
-    return grads, {name: full(p) for name, p in trained.items()}, losses
+    return steps(parts, trained, [[keyed(batch, step) for batch in batches] for step, batches in enumerate(global_steps(3))])
 
 
 @cache
