@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.test_lora_dist import SEED, compare, steps
+from tests.dist.test_lora_dist import SEED, compare, full, steps
 from tests.helpers.dist import run_pooled
 from tests.helpers.tiny import global_steps, tiny_llama
 from torchft.batch import Batch, NoiseKey, SampleId
@@ -70,7 +70,13 @@ def train(world: int, parallel: dict, kind: str, recompute: bool = False) -> tup
             fill_blocks(name, p, lambda shape, g: torch.empty(shape).normal_(0, 0.1, generator=g), SEED)
     trained = {name: p for name, p in named if p.requires_grad}
     assert trained.keys() <= parts.trainable and all(".lora_" in name and ".lora_start_" not in name for name in trained)
-    return steps(parts, trained, [[keyed(batch, step) for batch in batches] for step, batches in enumerate(global_steps(3))])
+    frozen = {name: full(p) for name, p in named if not p.requires_grad}
+    results = steps(parts, trained, [[keyed(batch, step) for batch in batches] for step, batches in enumerate(global_steps(3))])
+    parts.reshard()
+    now = list(parts.named_parameters(copies=True))
+    assert [(name, id(p)) for name, p in now] == [(name, id(p)) for name, p in named], "the layout put others in the place of parameters"
+    assert all(torch.equal(full(p), frozen[name]) for name, p in now if name in frozen), "the base changed"
+    return results
 
 
 @cache

@@ -187,6 +187,7 @@ KINDS = [
     ["adapter.init=pissa"],
     ["adapter.init=olora", "adapter.dora=true"],
     ["adapter.init=pissa", "precision.params=bf16"],
+    ["adapter.modules_to_save=[embed_tokens,norm]", "adapter.dropout=0.1", "precision.compute=bf16"],
 ]
 
 

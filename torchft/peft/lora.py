@@ -20,7 +20,7 @@ from torchft.models.layers.head import Head
 from torchft.models.layers.norm import LayerNorm, RMSNorm
 from torchft.models.select import in_layers, matches, select_modules
 from torchft.models.spec import ModelSpec
-from torchft.peft.copies import add_copies
+from torchft.peft.copies import add_copies, read_copies
 from torchft.peft.dora import DoraMixin
 from torchft.peft.dropout import key_blocks
 from torchft.peft.ends import EmbeddingMixin, HeadMixin, RowsEmbeddingMixin, RowsHeadMixin
@@ -136,6 +136,8 @@ def apply_lora(modules: Sequence[nn.Module], cfg: LoraConfig) -> None:
                 add_copies(module, place.copied[name])
             if name in place.adapted and (name != "embed_tokens" or root.first):  # a tied head's copy has none
                 add_adapter(module, name, cfg)
+        if place.copied:
+            read_copies(root)
         if cfg.trainable_tokens:
             add_rows(root, tuple(sorted(cfg.trainable_tokens)))
         if cfg.dropout:
