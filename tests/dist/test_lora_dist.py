@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from tests.dist.test_quant_dist import NF4, SPEC, fill, originals
 from tests.helpers.dist import run_dist
 from tests.helpers.tiny import global_steps, of_rank, relative_error, tiny_llama
+from torchft.batch import Batch
 from torchft.dtypes import DTYPES
 from torchft.losses.cross_entropy import CrossEntropy
 from torchft.models.init import fill_blocks, init_weights
@@ -16,6 +17,7 @@ from torchft.parallel.apply import parallelize
 from torchft.parallel.compile import CompileConfig
 from torchft.parallel.fsdp import PrecisionConfig
 from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
 from torchft.parallel.recompute import MemoryConfig
 from torchft.peft.inits import init_adapters
@@ -65,6 +67,11 @@ def train(
             fill_blocks(name, p, lambda shape, g: torch.empty(shape).normal_(0, 0.1, generator=g), SEED)
     trained = {name: p for name, p in named if p.requires_grad}
     assert trained.keys() <= parts.trainable and all(".lora_" in name and ".lora_start_" not in name for name in trained)
+    return steps(parts, trained, global_steps(5))
+
+
+def steps(parts: Parts, trained: dict, batches: list[list[Batch]]) -> tuple[dict, dict, list[float]]:
+    """AdamW over all ranks' batches of some steps: gradients of the first, weights after the last, losses."""
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, eps=1e-6, weight_decay=0.1, fused=True)
     grads: dict[str, torch.Tensor] = {}
 
@@ -74,8 +81,8 @@ def train(
 
     optimizer.register_step_pre_hook(keep)
     losses = []
-    for batches in global_steps(5):
-        mine = of_rank(batches, mesh.dp_rank, mesh.dp_size)
+    for step in batches:
+        mine = of_rank(step, parts.mesh.dp_rank, parts.mesh.dp_size)
         stats = train_step(parts, mine, CrossEntropy(), optimizer, max_norm=0.05, nonfinite=NonFinite())
         losses.append(parts.reduce_metrics(stats.metrics)["loss"])
     assert len(optimizer.state) == len(trained)

@@ -2,15 +2,16 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.dist.test_lora_dist import SEED, compare, full
+from tests.dist.test_lora_dist import SEED, compare, steps
 from tests.helpers.dist import run_pooled
-from tests.helpers.tiny import global_steps, of_rank, tiny_llama
+from tests.helpers.tiny import global_steps, tiny_llama
 from torchft.batch import Batch, NoiseKey, SampleId
-from torchft.losses.cross_entropy import CrossEntropy
+from torchft.checkpoint.adapters import load_adapter, save_adapter
 from torchft.models.init import fill_blocks, init_weights
 from torchft.parallel.apply import parallelize
 from torchft.parallel.fsdp import PrecisionConfig
@@ -19,7 +20,6 @@ from torchft.parallel.pp import build_stages
 from torchft.parallel.recompute import MemoryConfig
 from torchft.peft.inits import init_adapters
 from torchft.peft.lora import LoraConfig, apply_lora
-from torchft.train.step import NonFinite, train_step
 
 KINDS = {  # name: (tied head, config)
     "dropout, biases, rows": (False, {"dropout": 0.3, "lora_bias": True, "bias": "all", "trainable_tokens": [3, 50, 95]}),
@@ -46,37 +46,31 @@ def keyed(batch: Batch, step: int) -> Batch:
     return replace(batch, ids=ids, pieces=(((0, t),),) * b, noise=NoiseKey(0.0, SEED, step))
 
 
-def train(world: int, parallel: dict, kind: str, recompute: bool = False) -> tuple[dict, dict, list[float]]:
-    """Gradients of the first step, weights after the third, losses."""
+def build(world: int, parallel: dict, kind: str, recompute: bool = False):
+    """Parts with their first values, and the adapter's config."""
     tied, options = KINDS[kind]
-    spec, cfg, lora = tiny_llama(tied=tied, qkv_bias=True, num_layers=2), ParallelConfig(**parallel), LoraConfig(rank=4, **options)
+    spec, cfg = tiny_llama(tied=tied, qkv_bias=True, num_layers=2), ParallelConfig(**parallel)
+    lora = LoraConfig(rank=4, **options)
     mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
     modules = build_stages(spec, mesh, torch.float64)
     apply_lora(modules, lora)
     memory = MemoryConfig(recompute="full" if recompute else "none")
     parts = parallelize(modules, mesh, cfg, precision=PrecisionConfig(params="fp64"), memory=memory)
-    named = list(parts.named_parameters(copies=True))
-    init_weights(((n, p) for n, p in named if ".lora_" not in n), spec, SEED)
+    init_weights(((n, p) for n, p in parts.named_parameters(copies=True) if ".lora_" not in n), spec, SEED)
     init_adapters(parts.modules, lora, SEED)
+    return parts, lora
+
+
+def train(world: int, parallel: dict, kind: str, recompute: bool = False) -> tuple[dict, dict, list[float]]:
+    """Gradients of the first step, weights after the third, losses."""
+    parts, lora = build(world, parallel, kind, recompute)
+    named = list(parts.named_parameters(copies=True))
     for name, p in named:
         if name.endswith((".lora_a", ".lora_b")) and lora.init == "default":  # away from zero: no gradient is zero by construction
             fill_blocks(name, p, lambda shape, g: torch.empty(shape).normal_(0, 0.1, generator=g), SEED)
     trained = {name: p for name, p in named if p.requires_grad}
     assert trained.keys() <= parts.trainable and all(".lora_" in name and ".lora_start_" not in name for name in trained)
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, eps=1e-6, weight_decay=0.1, fused=True)
-    grads: dict[str, torch.Tensor] = {}
-
-    def keep(*_) -> None:
-        if not grads:
-            grads.update({name: full(p.grad) for name, p in trained.items()})
-
-    optimizer.register_step_pre_hook(keep)
-    losses = []
-    for step, batches in enumerate(global_steps(3)):
-        mine = [keyed(batch, step) for batch in of_rank(batches, mesh.dp_rank, mesh.dp_size)]
-        stats = train_step(parts, mine, CrossEntropy(), optimizer, max_norm=0.05, nonfinite=NonFinite())
-        losses.append(parts.reduce_metrics(stats.metrics)["loss"])
-    return grads, {name: full(p) for name, p in trained.items()}, losses
+    return steps(parts, trained, [[keyed(batch, step) for batch in batches] for step, batches in enumerate(global_steps(3))])
 
 
 @cache
@@ -94,3 +88,32 @@ def test_layouts_equal_one_process(layout: str) -> None:
     for kind in KINDS if layout in FULL else list(KINDS)[:-1]:
         ranks = run_pooled(train, world, world, parallel, kind, "recompute" in layout)
         compare(ranks, alone(kind), "fp64", f"{layout}: {kind}")
+
+
+def files(world: int, parallel: dict, kind: str, folder: Path, source: Path | None = None) -> None:
+    """Writes the adapter: its first values and a tenth, or what `source` holds."""
+    parts, lora = build(world, parallel, kind)
+    spec, named = parts.modules[0].spec, [(n, p) for n, p in parts.named_parameters(copies=True) if p.requires_grad]
+    lora.init = "default"  # its start is no part of what is compared
+    if source is not None:
+        load_adapter(source, spec, named)
+    else:
+        with torch.no_grad():
+            for _, p in named:
+                p.add_(0.1)
+    held = [(n, p) for n, p in parts.named_parameters() if p.requires_grad]
+    save_adapter(folder, spec, held, lora, base={"path": "base", "sha256": ""})
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+def test_files_in_and_out_of_layouts(tmp_path: Path, layout: str) -> None:
+    """Each layout writes the file that one process writes, and what it reads it writes again, bit for bit."""
+    parallel = {} if layout == "dp2" else {layout[:2]: 2}
+    for i, kind in enumerate(KINDS):
+        one, two, again = (tmp_path / f"{name}{i}" for name in ("one", "two", "again"))
+        files(1, {}, kind, one)
+        run_pooled(files, 2, 2, parallel, kind, two)
+        run_pooled(files, 2, 2, parallel, kind, again, one)
+        for other in (two, again):
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                assert (one / name).read_bytes() == (other / name).read_bytes(), f"{layout}: {kind}: {other.name} {name}"

@@ -104,6 +104,7 @@ def test_starts_from_an_adapter(tmp_path: Path, base: Path) -> None:
         (["model.init=random", "export.hf=true"], "model.init=random"),
         (["export.hf=true", "checkpoint.save_at_end=false"], "save_at_end"),
         (["adapter.dropout=1"], "adapter.dropout"),
+        (["adapter.dropout=0.1", "compile.enabled=true", "memory.recompute=full"], "adapter.dropout"),
         (["adapter.lora_bias=true", "adapter.dora=true"], "adapter.lora_bias"),
         (["adapter.bias=all"], "adapter.bias"),
         (["adapter.modules_to_save=[nothing]"], "adapter.modules_to_save"),

@@ -62,6 +62,7 @@ def test_depends_on_the_sample_and_the_place_alone() -> None:
     """A sample has the same holes in any pack, row, micro-batch and row length, and a rank that holds some inputs has their holes."""
     together, alone = holes(batch([[4, 1], [2]], t=12)), holes(batch([[1]], t=5))
     assert torch.equal(together[0, 6:9], alone[0, :3])
+    assert not torch.equal(together[1, :3], alone[0, :3])
     assert torch.equal(holes(batch([[2], [4, 1]], t=12))[1], together[0])
     assert torch.equal(holes(batch([[1]], t=5), width=100), alone[..., :100])
 

@@ -114,11 +114,10 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Placement:
-    """What of a whole model trains: modules with B A, copies of parameters by module, modules with rows of their own."""
+    """What of a whole model trains beside rows of tokens: modules with B A, and copies of parameters by module."""
 
     adapted: list[str]
     copied: dict[str, tuple[str, ...]]
-    rows: tuple[str, ...]
 
 
 def apply_lora(modules: Sequence[nn.Module], cfg: LoraConfig) -> None:
@@ -135,9 +134,9 @@ def apply_lora(modules: Sequence[nn.Module], cfg: LoraConfig) -> None:
             if name in place.copied:
                 _check_plain(name, module, place.copied[name])
                 add_copies(module, place.copied[name])
-            if name in place.adapted and getattr(root, "first", True) | (name != "embed_tokens"):  # a tied head's copy has none
+            if name in place.adapted and (name != "embed_tokens" or root.first):  # a tied head's copy has none
                 add_adapter(module, name, cfg)
-        if place.rows:
+        if cfg.trainable_tokens:
             add_rows(root, tuple(sorted(cfg.trainable_tokens)))
         if cfg.dropout:
             key_blocks(root)
@@ -180,11 +179,8 @@ def add_rows(root: nn.Module, tokens: tuple[int, ...]) -> None:
 def placement(whole: Sequence[nn.Module], cfg: LoraConfig) -> Placement:
     """What of a whole model trains. Raises ConfigError for a pattern without a match and for what does not go together."""
     chosen = adapted(whole, cfg)
-    saved = (
-        [name for name, _ in select_modules(whole, cfg.modules_to_save, [], WHOLE, key="adapter.modules_to_save")]
-        if cfg.modules_to_save
-        else []
-    )
+    globs = cfg.modules_to_save
+    saved = [name for name, _ in select_modules(whole, globs, [], WHOLE, key="adapter.modules_to_save")] if globs else []
     _check_saved(whole, saved, chosen)
     named = {name for root in whole for name, _ in root.named_parameters()}
     biases = {name.removesuffix(".bias") for name in named if name.endswith(".bias")}
@@ -193,11 +189,9 @@ def placement(whole: Sequence[nn.Module], cfg: LoraConfig) -> Placement:
         where = "the model" if cfg.bias == "all" else "the layers with an adapter"
         raise ConfigError(Problem("adapter.bias", cfg.bias, f"biases in {where}: there are none", "set adapter.bias=none"))
     copied = dict.fromkeys(sorted(biases), ("bias",)) | dict.fromkeys(saved, ("weight", "bias"))
-    rows = ()
     if cfg.trainable_tokens:
-        rows = ("embed_tokens", "lm_head") if "lm_head.weight" in named else ("embed_tokens",)
         _check_rows(whole, cfg, [*chosen, *saved])
-    return Placement(chosen, copied, rows)
+    return Placement(chosen, copied)
 
 
 def _check_plain(name: str, module: nn.Module, copied: tuple[str, ...]) -> None:

@@ -167,6 +167,9 @@ def _check_method(cfg, spec: ModelSpec, mesh: Mesh, shape: Any) -> Iterator[Prob
     if not isinstance(shape, LoraConfig) and cfg.model.vocab.size:
         expected = "null with this adapter.method, which trains no rows of new tokens"
         yield Problem("model.vocab.size", str(cfg.model.vocab.size), expected, "leave it out, or use adapter.method=lora")
+    if isinstance(shape, LoraConfig) and shape.dropout and cfg.compile.enabled and cfg.memory.recompute != "none":
+        expected = "0 where compiled blocks are run again (compile.enabled with memory.recompute)"
+        yield Problem("adapter.dropout", str(shape.dropout), expected, "set compile.enabled=false or memory.recompute=none")
     if isinstance(shape, LoraConfig) and shape.init == "loftq" and (cfg.quant.format is None or stored_of(cfg, spec)):
         expected = "quant.format=nf4 or int8 over a plain model.path: LoftQ makes up for what quantising takes"
         yield Problem("adapter.init", "loftq", expected, "set quant.format=nf4, or adapter.init=default")
