@@ -103,7 +103,7 @@ def all_methods(world: int, parallel: dict, methods: list[str]) -> dict:
     return {method: train(world, parallel, method) for method in methods}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.full if "nosp" in name else ()) for name in LAYOUTS])
 def test_layouts_equal_one_process(layout: str) -> None:
     """Every gradient, adapter weight and loss to 1e-9."""
     ranks = run_pooled(all_methods, 2, 2, LAYOUTS[layout], list(METHODS))

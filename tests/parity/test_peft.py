@@ -207,7 +207,7 @@ def test_joined_layers_by_hand():
     [
         ({"use_dora": True}, "magnitudes"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
         ({"bias": "most"}, "bias='most'"),
         ({"r": 7}, "its config says 7"),
         ({"lora_alpha": None}, "no r or no lora_alpha"),

@@ -86,7 +86,7 @@ class Pipeline:
         """Adds up what trains of the embedding over the first and the last stage; both hold the sum afterwards."""
         ends = [module for module in self.modules if module.spec.tie_embeddings and (module.first or module.last)]
         for name, parameter in ends[0].embed_tokens.named_parameters() if ends else ():
-            if not parameter.requires_grad or name in ("lora_a", "lora_b"):  # LoRA there is on the lookup, no part of the head
+            if not parameter.requires_grad or name in ("lora_a", "lora_b") or name.startswith("prompt_"):  # of the lookup, not the head
                 continue
             grads = [module.embed_tokens.get_parameter(name).grad for module in ends]
             grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]

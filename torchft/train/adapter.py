@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from torchft.checkpoint.adapters import load_adapter, open_adapter, save_adapter
 from torchft.checkpoint.hf import open_weights, save_hf
-from torchft.checkpoint.method_files import check_files
+from torchft.checkpoint.linear_files import check_files
 from torchft.checkpoint.peft_files import CONFIG, refused_by_vllm
 from torchft.checkpoint.source import open_training
 from torchft.dist import rank

@@ -5,7 +5,8 @@
 So the layout changes nothing, and layers may have ranks of their own. The other ranks wait.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,10 @@ from torchft.log import get_logger
 from torchft.models.decoder import build_decoder
 from torchft.models.layers.attend import choose_core
 from torchft.models.spec import ModelSpec
+from torchft.parallel.mesh import Mesh
 from torchft.peft.eva import find_eva
+from torchft.train.data import Rows, Text, Tokens, build_loader
+from torchft.train.freeze import base_of
 
 log = get_logger(__name__)
 
@@ -41,12 +45,25 @@ class EvaConfig:
             yield Problem("adapter.eva.rho", str(self.rho), "1 or more", "use 2")
 
 
-def begin_with_eva(cfg, spec: ModelSpec, run_folder: Path, batches: Callable[[], Iterable[Batch]], base: dict[str, str], device) -> None:
-    """Makes the start, unless this run has one, and points adapter.path to it. cfg: a recipe's config."""
-    folder = run_folder / START
+def begin_with_eva(cfg, spec: ModelSpec, run_folder: Path, mesh: Mesh, text: Text, tokens: Tokens) -> None:
+    """With adapter.init=eva makes the start, unless this run has one, and points adapter.path to it. cfg: a recipe's config."""
+    adapter = getattr(cfg, "adapter", None)
+    if adapter is None or adapter.path or adapter.init != "eva":
+        return
+    folder, base = run_folder / START, base_of(cfg)
+    assert base is not None, "an adapter belongs to a frozen base"
     if not on_rank_0(lambda: (folder / CONFIG).is_file()):
-        wait_for_rank_0(lambda: _write_start(cfg, spec, folder, batches(), base, device))
-    cfg.adapter.path = str(folder)
+        wait_for_rank_0(lambda: _write_start(cfg, spec, folder, _first_batches(cfg, mesh, text, tokens), base, mesh.device))
+    adapter.path = str(folder)
+
+
+def _first_batches(cfg, mesh: Mesh, text: Text, tokens: Tokens) -> Iterator[Batch]:
+    """The run's first micro-batches as one process has them, of rows as this layout cuts them."""
+    rows = Rows(cfg.train.micro_batch_size, mesh.degrees["tp"], Mesh(dict.fromkeys(mesh.degrees, 1), mesh.device))
+    loader = build_loader(tokens.train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
+    found = itertools.chain.from_iterable(loader.next_step() for _ in itertools.count())
+    yield from itertools.islice(found, cfg.adapter.eva.batches)
+    loader.close()
 
 
 def _write_start(cfg, spec: ModelSpec, folder: Path, batches: Iterable[Batch], base: dict[str, str], device: torch.device) -> None:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torchft.batch import Batch
 from torchft.checkpoint.hub import local_folder
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.new_rows import NewRows
@@ -38,8 +37,6 @@ from torchft.train.adapter import built_spec, init_adapter, prepare_optimizer, s
 from torchft.train.checks import check_job
 from torchft.train.data import (
     Rows,
-    Text,
-    Tokens,
     build_loader,
     build_text,
     build_tokens,
@@ -152,7 +149,7 @@ def build_job(cfg, run: Run) -> Job:
     rows = Rows(cfg.train.micro_batch_size, row_multiple(mesh), mesh)
     loader = build_loader(tokens.train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
     build_schedule(cfg.schedule, cfg.optim.lr, cfg.train.steps or loader.num_steps(cfg.train.epochs))  # raises if it does not fit
-    _begin_with_eva(cfg, spec, run, text, tokens)
+    begin_with_eva(cfg, spec, run.folder, mesh, text, tokens)
     parts = build_parts(cfg, spec, mesh)
     optimizer = build_optimizer(parts.named_parameters(copies=True), cfg.optim)
     if adapter := getattr(cfg, "adapter", None):
@@ -205,23 +202,6 @@ def build_job(cfg, run: Run) -> Job:
         prompts=encode_prompts(cfg.validate.prompts, text),
         ledger=cfg.debug.ledger,
     )
-
-
-def _begin_with_eva(cfg, spec: ModelSpec, run: Run, text: Text, tokens: Tokens) -> None:
-    """With adapter.init=eva: what it finds in the first batches of training, whatever the layout, becomes adapter.path."""
-    adapter = getattr(cfg, "adapter", None)
-    if adapter is None or adapter.path or adapter.init != "eva":
-        return
-
-    def batches() -> Iterator[Batch]:
-        alone = Mesh(dict.fromkeys(run.mesh.degrees, 1), run.mesh.device)
-        rows = Rows(cfg.train.micro_batch_size, row_multiple(run.mesh), alone)
-        loader = build_loader(tokens.train, cfg.data, rows, text, global_batch_size=cfg.train.global_batch_size, seed=cfg.seed)
-        found = itertools.chain.from_iterable(loader.next_step() for _ in itertools.count())
-        yield from itertools.islice(found, adapter.eva.batches)
-        loader.close()
-
-    begin_with_eva(cfg, spec, run.folder, batches, base_of(cfg), run.mesh.device)
 
 
 def read_spec(cfg: ModelConfig, *, packed: bool = False) -> ModelSpec:
