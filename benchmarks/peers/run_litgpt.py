@@ -55,6 +55,8 @@ class Rows(Logger):
         """Not needed."""
 
     def log_metrics(self, metrics, step=None) -> None:
+        if "loss" not in metrics:  # its throughput monitor's
+            return
         self.report.step(metrics["loss"], *self.data.counts[metrics["step"] - 1])
         if metrics["step"] == len(self.data.train_dataloader()):
             sys.exit(0)
