@@ -43,8 +43,8 @@ def saved(model, cfg, folder):
     return folder
 
 
-def trained(forward, parameters, tokens) -> list[float]:
-    optimizer, curve = torch.optim.AdamW(parameters, lr=1e-3), []
+def trained(forward, parameters, tokens, lr: float = 1e-3) -> list[float]:
+    optimizer, curve = torch.optim.AdamW(parameters, lr=lr), []
     for _ in range(20):
         loss = F.cross_entropy(forward(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
