@@ -62,7 +62,7 @@ def test_dora_over_a_narrow_base_is_dora(tmp_path: Path, base: Path) -> None:
     """A frozen base in bf16 under an fp32 adapter: the first lengths are those of the base's rows, and the losses those of fp32."""
     losses = []
     for name, *options in (("narrow", "precision.compute=bf16"), ("wide",)):
-        assert run(argv(tmp_path / name, base, "train.steps=3", "adapter.dora=true", "optim.lr=1e-3", *options)) == 0
+        assert run_dist(run, 1, argv(tmp_path / name, base, "train.steps=3", "adapter.dora=true", "optim.lr=1e-3", *options)) == [0]
         losses.append([row["loss"] for row in rows(tmp_path / name)])
     assert all(abs(a - b) <= 2e-2 * b for a, b in zip(*losses, strict=True))
     lengths = {name: value for name, value in adapter_of(tmp_path / "narrow", 3).items() if "magnitude" in name}
