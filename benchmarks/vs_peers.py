@@ -1,9 +1,9 @@
-"""torchft beside other libraries: tokens per second and peak memory of full fine-tuning, on the same model, data and machine.
+"""torchft beside other libraries: tokens per second and peak memory of fine-tuning, on the same model, data and machine.
 
-    python benchmarks/vs_peers.py [--only ours,bare,trainer] [--modes eager,compiled,chat] [--dtypes bf16,fp32] [--rounds 3] [--write]
+    python benchmarks/vs_peers.py [--only ours,bare,trainer] [--modes eager,compiled,chat,lora] [--dtypes bf16,fp32] [--rounds 3] [--write]
 
 Every run is a process of its own; the libraries take turns, round after round, so that a busy machine slows all of them. ours is
-recipes/full_finetune.py as users start it; bare is a plain PyTorch loop, the speed of light. The losses of all are compared with ours:
+the recipe as users start it; bare is a plain PyTorch loop, the speed of light. The losses of all are compared with ours:
 what trains something else has no place in the table. Environments, model and data are made on first use, in --cache.
 """
 
@@ -24,7 +24,7 @@ from torchft.errors import TorchftError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MODES, DTYPES = ("eager", "compiled", "chat"), ("bf16", "fp32")
+MODES, DTYPES = ("eager", "compiled", "chat", "lora"), ("bf16", "fp32")
 CACHE = Path(environment("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchft"
 SMOLLM2 = CACHE / f"SmolLM2-135M-Instruct-{__version__}"
 
@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     done = args.cache / "measured.jsonl"
     if not args.add:
         done.unlink(missing_ok=True)
+    elif not done.exists() and (RESULTS / "vs_peers.json").is_file():  # the cache is gone: what was written is all there is
+        runs = json.loads((RESULTS / "vs_peers.json").read_text(encoding="utf-8"))["runs"]
+        done.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
     failed = sum(not run_one(case, prepared, args, done) for _ in range(args.rounds) for case in cases)
     measured = [Measured.from_json(json.loads(line)) for line in done.read_text(encoding="utf-8").splitlines()] if done.exists() else []
     text = sections(measured, args.warmup)
@@ -55,6 +58,7 @@ def run_one(case: Case, prepared: Prepared, args: argparse.Namespace, done: Path
     """Runs, shows and keeps one case; False, and its output shown, if it failed."""
     try:
         one = run_case(case, start_of(case, prepared, threads=args.threads), warmup=args.warmup)
+        one.commit = commit()
     except RuntimeError as error:
         print(error, file=sys.stderr, flush=True)
         return False
@@ -90,7 +94,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="threads of a run, over all its processes (default: 2)")
     parser.add_argument("--model", type=Path, help="HF folder of a llama model (default: SmolLM2-135M-Instruct of the quickstart)")
     parser.add_argument("--cache", type=Path, default=CACHE / "vs_peers", help="environments, data and runs (default: %(default)s)")
-    parser.add_argument("--add", action="store_true", help="keep what earlier calls measured; with --rounds 0 only the table is made again")
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep what earlier calls measured, or what was written; with --rounds 0 only the table is made again",
+    )
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/vs_peers.md and .json")
     args = parser.parse_args(argv)
     if not 1 <= args.warmup <= args.steps - 2:
@@ -108,14 +116,17 @@ def model_folder(given: Path | None) -> Path:
     return SMOLLM2
 
 
+def commit() -> str:
+    """What is checked out."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def write(text: str, measured: list[Measured], args: argparse.Namespace) -> None:
     """The table and all that was measured."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
     versions = {name: number for one in measured for name, number in one.versions.items()}
-    facts = {**hardware(), "commit": commit, "versions": ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))}
+    facts = {**hardware(), "versions": ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))}
     facts["command"] = "`python benchmarks/vs_peers.py " + f"--steps {args.steps} --warmup {args.warmup} --threads {args.threads}`"
-    facts["load"] = f"{min(one.load for one in measured):.1f} to {max(one.load for one in measured):.1f} (1-minute average before a run)"
     head = "# torchft beside other libraries\n\n" + "".join(f"- {name}: {value}\n" for name, value in facts.items())
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "vs_peers.md").write_text(f"{head}\n{HOW}\n{text}", encoding="utf-8")

@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="take the tiny random model at once, without trying to get the real one")
     parser.add_argument("--lora", action="store_true", help="train a LoRA adapter instead of the whole model, and merge it at the end")
+    parser.add_argument("--qlora", action="store_true", help="the same over a base of 4 bits")
     parser.add_argument("--fetch", action="store_true", help="only fetch and convert the model: exit code 1 if it can't be had")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder goes (default: runs)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe, e.g. optim.lr=1e-4")
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.fetch:
             return 0 if smollm2() else 1
-        return run(args.out.resolve(), args.overrides, tiny=args.tiny, lora=args.lora)
+        return run(args.out.resolve(), args.overrides, tiny=args.tiny, config="qlora" if args.qlora else "lora" if args.lora else "full")
     except TorchftError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run(out: Path, overrides: list[str], *, tiny: bool, lora: bool) -> int:
+def run(out: Path, overrides: list[str], *, tiny: bool, config: str) -> int:
     """Model, before, training, after, and the comparison."""
     started = time.monotonic()
     real = None if tiny else smollm2()
@@ -97,7 +98,7 @@ def run(out: Path, overrides: list[str], *, tiny: bool, lora: bool) -> int:
     print(f"exact replies: {sum(before.exact)} of {len(samples)}")
 
     folder = free_folder(out / "quickstart")
-    code = train(model, folder, overrides if real else [TINY_LR, *overrides], lora=lora)
+    code = train(model, folder, overrides if real else [TINY_LR, *overrides], config)
     if code:
         print(f"training ended with exit code {code}; see above, and {folder}", file=sys.stderr)
         return code
@@ -211,12 +212,15 @@ def replies(model: Path, samples: Sequence[Sample]) -> Replies:
     return Replies(texts, [c.finish == "stop" and text == e for c, text, e in zip(done, texts, expected, strict=True)])
 
 
-def train(model: Path, folder: Path, overrides: list[str], *, lora: bool = False) -> int:
+def train(model: Path, folder: Path, overrides: list[str], config: str = "full") -> int:
     """The recipe under torchrun, its output on the console; its exit code."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     processes = max(n for n in (1, 2, 4) if n <= num_gpus) if num_gpus else NUM_PROCESSES
-    name, config = ("lora_finetune", "lora") if lora else ("full_finetune", "full")
-    recipe = [str(ROOT / "recipes" / f"{name}.py"), "--config", str(CONFIGS / f"{config}.yaml")]
+    recipe = [
+        str(ROOT / "recipes" / ("full_finetune.py" if config == "full" else "lora_finetune.py")),
+        "--config",
+        str(CONFIGS / f"{config}.yaml"),
+    ]
     recipe += [f"model.path={model}", f"output_dir={folder}"]
     recipe.append(f"train.micro_batch_size={max(1, 4 // processes)}")  # all of a process's rows at once
     if not num_gpus and not bf16_is_faster():

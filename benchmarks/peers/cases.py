@@ -2,6 +2,7 @@
 
 eager, compiled   full rows of 512 tokens, 4 a step, learning rate 1e-5: the losses of the first steps must agree
 chat              one epoch over chats at learning rate 0: the mean loss over all trained tokens must agree, however they are packed
+lora              full rows, and an adapter that is given to all; its learning rate is LORA_LR, so that five steps show in the losses
 """
 
 import json
@@ -13,9 +14,10 @@ from pathlib import Path
 from peers.envs import python_of
 from peers.measure import Case, Start
 from peers.report import Job
-from peers.workload import SEQ_LEN, read_rows, write_chats, write_full_rows
+from peers.workload import SEQ_LEN, read_rows, write_adapter, write_chats, write_full_rows
 
 from torchft.data.packing import plan_window
+from torchft.peft.lora import LoraConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVERS = Path(__file__).resolve().parent
@@ -24,6 +26,9 @@ SOURCE = ROOT / "configs" / "quickstart" / "data" / "train.jsonl"
 ROWS = 4  # of a step
 CHATS_A_STEP = 10  # chats for each step asked for: about one step of packed rows
 LR = 1e-5
+LORA = LoraConfig(rank=16, alpha=32)
+LORA_LR = 1e-3
+RATES = {"chat": 0.0, "lora": LORA_LR}  # of modes with a rate of their own
 MAX_NORM = 1.0
 
 
@@ -34,7 +39,7 @@ class Peer:
     label: str
     env: str
     driver: str
-    modes: tuple[str, ...] = ("eager", "compiled", "chat")
+    modes: tuple[str, ...] = ("eager", "compiled", "chat", "lora")
     chat: str = "packed"  # how it lays chats into rows
     processes: int = 1
 
@@ -45,8 +50,8 @@ PEERS = {
     "trainer": Peer("HF Trainer", "hf", "run_trainer.py", chat="padded"),
     "trl": Peer("TRL SFTTrainer", "trl", "run_trl.py"),
     "torchtune": Peer("torchtune", "torchtune", "run_torchtune.py"),
-    "litgpt": Peer("litgpt", "litgpt", "run_litgpt.py", modes=("eager", "chat"), chat="padded"),
-    "ours-fsdp2": Peer("torchft, FSDP2 x 2", "", "", modes=("eager", "chat"), processes=2),
+    "litgpt": Peer("litgpt", "litgpt", "run_litgpt.py", modes=("eager", "chat", "lora"), chat="padded"),
+    "ours-fsdp2": Peer("torchft, FSDP2 x 2", "", "", modes=("eager", "chat", "lora"), processes=2),
 }
 
 
@@ -61,6 +66,10 @@ class Prepared:
     def data(self, mode: str) -> Path:
         return self.cache / "data" / ("chats" if mode == "chat" else "full")
 
+    @property
+    def adapter(self) -> Path:
+        return self.cache / "data" / "adapter"
+
 
 def prepare(peers: list[str], cache: Path, model: Path, steps: int) -> Prepared:
     """Environments of these peers, and data for `steps` steps. Raises ConfigError where an environment can't be had."""
@@ -68,6 +77,7 @@ def prepare(peers: list[str], cache: Path, model: Path, steps: int) -> Prepared:
     prepared = Prepared(model, cache, pythons)
     write_full_rows(prepared.data("eager"), model, SOURCE, ROWS * steps)
     write_chats(prepared.data("chat"), model, SOURCE, CHATS_A_STEP * steps)
+    write_adapter(prepared.adapter, model, LORA)
     return prepared
 
 
@@ -98,8 +108,9 @@ def start_of(case: Case, prepared: Prepared, *, threads: int) -> Start:
         dtype=case.dtype,
         rows=ROWS,
         seq_len=SEQ_LEN,
-        lr=0.0 if chat else LR,
+        lr=RATES.get(case.mode, LR),
         max_norm=MAX_NORM,
+        adapter=str(prepared.adapter) if case.mode == "lora" else "",
     )
     job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     return Start([str(prepared.pythons[peer.env]), str(DRIVERS / peer.driver), str(job_file)], rows, each, compiled, [])
@@ -115,12 +126,12 @@ def count_trained(data: Path, *, packed: bool) -> list[int]:
 
 def _our_command(case: Case, peer: Peer, prepared: Prepared, run: Path) -> list[str]:
     """The recipe as users start it, without what comes after the last step."""
-    chat = case.mode == "chat"
+    chat, lora = case.mode == "chat", case.mode == "lora"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(peer.processes)] if peer.processes > 1 else []
     return [
         sys.executable,
         *launch,
-        str(ROOT / "recipes" / "full_finetune.py"),
+        str(ROOT / "recipes" / ("lora_finetune.py" if lora else "full_finetune.py")),
         f"output_dir={run}",
         f"model.path={prepared.model}",
         f"data.train=[{{path: {prepared.data(case.mode) / 'chats.jsonl'}}}]",
@@ -128,7 +139,7 @@ def _our_command(case: Case, peer: Peer, prepared: Prepared, run: Path) -> list[
         f"data.seq_len={SEQ_LEN}",
         f"data.packing={str(chat).lower()}",
         "data.shuffle=false",
-        f"optim.lr={0.0 if chat else LR}",
+        f"optim.lr={RATES.get(case.mode, LR)}",
         "optim.weight_decay=0.0",
         f"optim.max_norm={MAX_NORM}",
         "schedule.name=constant",
@@ -141,4 +152,5 @@ def _our_command(case: Case, peer: Peer, prepared: Prepared, run: Path) -> list[
         "checkpoint.save_at_end=false",
         "export.hf=false",
         "metrics.sinks=[jsonl]",
+        *([f"adapter.path={prepared.adapter}", "export.adapter=false"] if lora else []),
     ]

@@ -28,7 +28,7 @@ class Case:
     """One line of the table in one round."""
 
     peer: str
-    mode: str  # eager | compiled | chat
+    mode: str  # eager | compiled | chat | lora
     dtype: str  # bf16 | fp32
 
 
@@ -48,6 +48,7 @@ class Measured:
     peak_mib: int  # of the largest process, after the warm-up
     peak_all_mib: int  # of the same from its start
     versions: dict[str, str]
+    commit: str = ""  # of torchft
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

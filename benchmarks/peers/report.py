@@ -21,12 +21,13 @@ class Job:
     data: str  # tokens.jsonl: {"input_ids": [...], "labels": [...]} a line
     out: str  # rows go here
     scratch: str  # an empty folder
-    mode: str  # eager | compiled | chat
+    mode: str  # eager | compiled | chat | lora
     dtype: str  # bf16 (parameters, gradients and optimizer state) | fp32
     rows: int  # of a step
     seq_len: int
     lr: float
     max_norm: float
+    adapter: str  # folder with PEFT's files, the LoRA to train over the frozen model; "": train the model
 
 
 def read_job() -> Job:

@@ -1,4 +1,5 @@
-"""The speed of light: transformers' LlamaForCausalLM in a plain loop, nothing else. Chats are packed by first fit, without a library.
+"""The speed of light: transformers' LlamaForCausalLM in a plain loop, nothing else. Chats are packed by first fit, without a library;
+LoRA is the module below.
 
 Logits go to fp32 before the loss, as every library here has it. Packed rows carry position ids that start again with each chat, from
 which transformers makes a mask that keeps the chats apart.
@@ -6,8 +7,29 @@ which transformers makes a mask that keeps the chats apart.
 
 import torch
 import torch.nn.functional as F
+from lora_files import read_adapter, read_size
 from report import Job, Report, read_job, read_samples
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
+
+
+class Lora(nn.Module):
+    """y = W x + factor B A x."""
+
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, factor: float):
+        super().__init__()
+        self.base, self.a, self.b, self.factor = base, nn.Parameter(a), nn.Parameter(b), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.factor * F.linear(F.linear(x, self.a), self.b)
+
+
+def put_lora(model: nn.Module, job: Job) -> None:
+    """Freezes the model and puts the job's adapter on it."""
+    rank, alpha = read_size(job)
+    model.requires_grad_(False)
+    for name, (a, b) in read_adapter(job).items():
+        model.set_submodule(name, Lora(model.get_submodule(name), a, b, alpha / rank))
 
 
 def first_fit(samples: list[dict], seq_len: int) -> list[list[dict]]:
@@ -53,7 +75,10 @@ def main() -> None:
     report = Report(job, "transformers")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job.dtype]
     model = LlamaForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation="sdpa").train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, weight_decay=0.0, fused=True)
+    if job.adapter:
+        put_lora(model, job)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0, fused=True)
 
     def loss_of(ids, labels, positions):
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits  # (b, t, v)
@@ -65,7 +90,7 @@ def main() -> None:
     for ids, labels, positions, tokens in batches(job):
         loss = loss_of(ids, labels, positions)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), job.max_norm)
+        torch.nn.utils.clip_grad_norm_(trained, job.max_norm)
         optimizer.step()
         optimizer.zero_grad()
         report.step(loss.item(), tokens, int((labels[:, 1:] != -100).sum()))

@@ -1,4 +1,4 @@
-"""litgpt's full fine-tuning; chats padded to the longest of a step, as it always does. It has no compiled mode and no packing.
+"""litgpt's full fine-tuning and its LoRA; chats padded to the longest of a step, as it always does. It has no compiled mode and no packing.
 
 It neither clips gradients nor keeps the learning rate constant: an optimizer of ours, given through its own option, does both, so that
 all train the same thing. Its log goes through a logger of Fabric.
@@ -13,9 +13,10 @@ from lightning.fabric.loggers import Logger
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data import DataModule, get_sft_collate_fn
-from litgpt.finetune import full
+from litgpt.finetune import full, lora
 from litgpt.prompts import Default
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
+from lora_files import read_adapter, read_size
 from report import Job, Report, count_tokens, read_job, read_samples
 from torch.utils.data import DataLoader
 
@@ -26,7 +27,7 @@ class ClippedAdamW(torch.optim.AdamW):
     """AdamW at a constant learning rate, over clipped gradients."""
 
     def __init__(self, params, lr: float, max_norm: float):
-        super().__init__(params, lr=lr, weight_decay=0.0, fused=True)
+        super().__init__([p for p in params if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
         self.constant, self.max_norm = lr, max_norm
 
     def step(self, closure=None):
@@ -54,6 +55,8 @@ class Rows(Logger):
         """Not needed."""
 
     def log_metrics(self, metrics, step=None) -> None:
+        if "loss" not in metrics:  # its throughput monitor's
+            return
         self.report.step(metrics["loss"], *self.data.counts[metrics["step"] - 1])
         if metrics["step"] == len(self.data.train_dataloader()):
             sys.exit(0)
@@ -103,6 +106,23 @@ def convert(job: Job) -> Path:
     return folder
 
 
+def put_lora(job: Job, folder: Path) -> dict:
+    """Adds the job's adapter to litgpt's file of the model; the settings of its config that make the model fit."""
+    adapter, file = read_adapter(job), folder / "lit_model.pth"
+    weights = torch.load(file)
+    for layer in range(1 + max(int(name.split(".")[2]) for name in adapter)):
+        ours, its = f"model.layers.{layer}.", f"transformer.h.{layer}."
+        parts = {"attn.qkv": [f"self_attn.{x}_proj" for x in "qkv"], "attn.proj": ["self_attn.o_proj"]}
+        parts |= {"mlp.fc_1": ["mlp.gate_proj"], "mlp.fc_2": ["mlp.up_proj"], "mlp.proj": ["mlp.down_proj"]}
+        for name, members in parts.items():
+            pairs = zip(*(adapter[ours + member] for member in members))
+            weights[f"{its}{name}.lora_A"], weights[f"{its}{name}.lora_B"] = map(torch.cat, pairs)
+    torch.save(weights, file)
+    rank, alpha = read_size(job)
+    layers = {f"lora_{name}": name != "head" for name in ("query", "key", "value", "projection", "mlp", "head")}
+    return {"lora_r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, **layers}
+
+
 def main() -> None:
     job = read_job()
     report = Report(job, "litgpt", "lightning")
@@ -120,9 +140,14 @@ def main() -> None:
         max_seq_length=job.seq_len,
     )
     optimizer = {"class_path": "run_litgpt.ClippedAdamW", "init_args": {"lr": job.lr, "max_norm": job.max_norm}}
-    config = Config.from_file(folder / "model_config.yaml")
     evaluation = EvalArgs(interval=10**9, max_new_tokens=1, max_iters=1, final_validation=False)
-    fabric.launch(full.main, 1, False, 0, config, data, folder, Path(job.scratch) / "out", train, evaluation, optimizer)
+    out = Path(job.scratch) / "out"
+    if job.adapter:
+        config = lora.Config.from_file(folder / "model_config.yaml", **put_lora(job, folder))
+        fabric.launch(lora.main, 1, 0, config, data, folder, out, train, evaluation, optimizer)
+    else:
+        config = Config.from_file(folder / "model_config.yaml")
+        fabric.launch(full.main, 1, False, 0, config, data, folder, out, train, evaluation, optimizer)
 
 
 if __name__ == "__main__":

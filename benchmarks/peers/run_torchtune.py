@@ -1,6 +1,6 @@
-"""torchtune's single-device full fine-tuning recipe; chats packed by its PackedDataset.
+"""torchtune's single-device recipes of full fine-tuning and of LoRA; chats packed by its PackedDataset.
 
-The recipe is taken from the installed package and configured as its YAML would be. The model is its Llama 3.2 builder: with
+A recipe is taken from the installed package and configured as its YAML would be. The model is its Llama 3.2 builder: with
 scale_factor 1 the rope of that family is the plain one. Saving at the end of the epoch is left out.
 """
 
@@ -9,10 +9,13 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import torchtune
+from lora_files import read_adapter, read_size
 from omegaconf import OmegaConf
 from report import Job, Report, read_job, read_samples
 from torchtune.datasets import PackedDataset
+from torchtune.models.convert_weights import _FROM_HF, get_mapped_key, hf_to_tune
 from torchtune.training.metric_logging import MetricLoggerInterface
 
 
@@ -69,6 +72,34 @@ def count_steps(job: Job, packed: bool) -> list[tuple[int, int]]:
     return [tuple(map(sum, zip(*counts[start : start + job.rows]))) for start in range(0, len(counts), job.rows)]
 
 
+def constant(optimizer, num_training_steps: int, last_epoch: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule that the LoRA recipe asks for: none."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0, last_epoch)
+
+
+def load_adapter(job: Job, model: torch.nn.Module) -> None:
+    """The job's adapter in torchtune's order: the outputs of q and k are permuted, as their weights are."""
+    sizes, held = config_of(job)["model"], model.state_dict()
+    heads = {"num_heads": sizes["num_heads"], "num_kv_heads": sizes["num_kv_heads"], "head_dim": sizes["embed_dim"] // sizes["num_heads"]}
+    with torch.no_grad():
+        for name, (a, b) in read_adapter(job).items():
+            place = get_mapped_key(f"{name}.weight", _FROM_HF).removesuffix(".weight")
+            held[f"{place}.lora_a.weight"].copy_(a)
+            held[f"{place}.lora_b.weight"].copy_(*hf_to_tune({f"{name}.weight": b}, dim=b.shape[1], **heads).values())
+
+
+def lora_options(job: Job) -> dict:
+    """The model's settings in mode lora."""
+    rank, alpha = read_size(job)
+    return {
+        "_component_": "torchtune.models.llama3_2.lora_llama3_2",
+        "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
+        "apply_lora_to_mlp": True,
+        "lora_rank": rank,
+        "lora_alpha": alpha,
+    }
+
+
 def config_of(job: Job) -> dict:
     """The recipe's configuration."""
     llama = json.loads((Path(job.model) / "config.json").read_text(encoding="utf-8"))
@@ -93,6 +124,7 @@ def config_of(job: Job) -> dict:
         "tokenizer": {"_component_": "run_torchtune.Tokenizer"},
         "dataset": {"_component_": "run_torchtune.read_data", "job": vars(job), "packed": packed},
         "optimizer": {"_component_": "torch.optim.AdamW", "lr": job.lr, "weight_decay": 0.0, "fused": True},
+        "lr_scheduler": {"_component_": "run_torchtune.constant"} if job.adapter else None,
         "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
         "checkpointer": {
             "_component_": "torchtune.training.FullModelHFCheckpointer",
@@ -113,19 +145,23 @@ def config_of(job: Job) -> dict:
             "norm_eps": llama["rms_norm_eps"],
             "rope_base": int(llama["rope_theta"]),
             "scale_factor": 1,
+            **(lora_options(job) if job.adapter else {}),
         },
     }
 
 
 def main() -> None:
     job = read_job()
-    path = Path(torchtune.__file__).parents[1] / "recipes" / "full_finetune_single_device.py"
-    spec = importlib.util.spec_from_file_location("full_finetune_single_device", path)
+    name, recipe_class = ("lora", "LoRAFinetuneRecipeSingleDevice") if job.adapter else ("full", "FullFinetuneRecipeSingleDevice")
+    path = Path(torchtune.__file__).parents[1] / "recipes" / f"{name}_finetune_single_device.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     cfg = OmegaConf.create(config_of(job))
-    recipe = module.FullFinetuneRecipeSingleDevice(cfg=cfg)
+    recipe = getattr(module, recipe_class)(cfg=cfg)
     recipe.setup(cfg=cfg)
+    if job.adapter:
+        load_adapter(job, recipe._model)
     recipe._metric_logger.report.begin()
     recipe.train()
 

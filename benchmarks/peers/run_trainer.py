@@ -1,4 +1,4 @@
-"""HF Trainer as its users run it: eager or torch_compile=True; chats in batches padded to their longest.
+"""HF Trainer as its users run it: eager or torch_compile=True, LoRA by peft; chats in batches padded to their longest.
 
 Only what it does not do for speed is switched off: saving, evaluation, reports. The loss of a step is what training_step returns.
 """
@@ -60,10 +60,20 @@ def arguments(job: Job) -> dict:
     }
 
 
-def load_model(job: Job) -> LlamaForCausalLM:
-    """The model in the dtype of its parameters."""
+def load_model(job: Job) -> torch.nn.Module:
+    """The model in the dtype of its parameters; in mode lora peft's, its adapter in that dtype too."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job.dtype]
-    return LlamaForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation="sdpa")
+    model = LlamaForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation="sdpa")
+    if not job.adapter:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=False).to(dtype)
+
+
+def packages(job: Job, *names: str) -> tuple[str, ...]:
+    """The packages whose versions belong to a row."""
+    return (*names, "transformers", "accelerate", *(["peft"] if job.adapter else []))
 
 
 def main() -> None:
@@ -73,7 +83,7 @@ def main() -> None:
     args = TrainingArguments(**arguments(job), train_sampling_strategy="sequential")
     collator = DataCollatorForSeq2Seq(tokenizer, padding="longest")
     trainer = SeenTrainer(model=load_model(job), args=args, train_dataset=samples, data_collator=collator)
-    trainer.clock = Clock(Report(job, "transformers", "accelerate"))
+    trainer.clock = Clock(Report(job, *packages(job)))
     trainer.add_callback(trainer.clock)
     trainer.train()
 

@@ -1,11 +1,12 @@
-"""TRL's SFTTrainer; chats packed by its own best fit, which lays a step's rows end to end and needs the position ids to part them.
+"""TRL's SFTTrainer, LoRA by peft; chats packed by its own best fit, which lays a step's rows end to end and needs position ids to part
+them.
 
 Its default, recomputing activations, is switched off: nobody else here does it.
 """
 
 from datasets import Dataset
 from report import Report, read_job, read_samples
-from run_trainer import Clock, Seen, arguments, load_model
+from run_trainer import Clock, Seen, arguments, load_model, packages
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -29,7 +30,7 @@ def main() -> None:
         train_dataset=Dataset.from_list(read_samples(job)),
         processing_class=PreTrainedTokenizerFast.from_pretrained(job.model),
     )
-    trainer.clock = Clock(Report(job, "trl", "transformers", "accelerate"))
+    trainer.clock = Clock(Report(job, *packages(job, "trl")))
     trainer.add_callback(trainer.clock)
     trainer.train()
 

@@ -51,18 +51,26 @@ def _section(dtype: str, mode: str, measured: Sequence[Measured], warmup: int) -
     ours = runs["ours"]
     rows = [_row(_label(name, mode), mode, runs[name], ours, warmup) for name in PEERS if runs[name]]
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *rows)]
-    return f"## {TITLES[mode]}, {NAMES[dtype]}\n\n" + "\n".join(lines) + "\n"
+    every = [m for name in PEERS for m in runs[name]]
+    loads = [m.load for m in every]
+    commits = ", ".join(dict.fromkeys(m.commit for m in every if m.commit))
+    how = f"Commit {commits or 'unknown'}; load (1-minute average before a run) {min(loads):.1f} to {max(loads):.1f}.\n\n"
+    return f"## {TITLES[mode]}, {NAMES[dtype]}\n\n{how}" + "\n".join(lines) + "\n"
 
 
 TITLES = {
     "eager": "Full rows, eager",
     "compiled": "Full rows, compiled",
     "chat": "Chats, prompts masked: real tokens per second",
+    "lora": "LoRA on full rows, eager",
 }
 HOW = """- Full rows: 4 rows a step, every row a chat of exactly 512 tokens, the same for all; learning rate 1e-5, gradients clipped at 1.
   Each step's loss must agree with ours.
 - Chats: 1 to 7 turns, prompts masked. A step has 4 rows: packed to 512 tokens, or one chat each, padded to the longest, as each library
   does it. Only real tokens count. One epoch at learning rate 0: the mean loss over all trained tokens must agree with ours.
+- LoRA: the same rows, an adapter of rank 16 and alpha 32 on all seven linear layers of every block, without dropout, at learning rate
+  1e-3; base, adapter and optimizer state in one dtype. All start from the same A and B, B not zero, so that the first loss shows the
+  adapter's factor and layers. HF Trainer and TRL train peft's; peft's own default would keep the adapter in fp32.
 - All: SmolLM2-135M, AdamW (fused) at a constant learning rate without decay, no recomputation (TRL's default is switched off), attention
   by PyTorch's SDPA, parameters, gradients and optimizer state all bf16 or all fp32. litgpt has no clipping, no constant learning rate and
   no compiled fine-tuning: an optimizer given by its own option does the first two.

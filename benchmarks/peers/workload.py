@@ -5,20 +5,31 @@
 
 The ids are torchft's own rendering, so that no two libraries can disagree about the template; labels stand under their own ids, -100 is
 not trained, as transformers wants them.
+
+    adapter     LoRA on all linear layers of the blocks, its B not zero, so that the first loss shows its factor and its layers (mode lora)
 """
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from torchft.checkpoint.adapters import save_adapter
 from torchft.data.templates import Template, build_template
 from torchft.data.types import Message
+from torchft.dist import keyed_generator
+from torchft.models.build import read_config
+from torchft.models.decoder import build_decoder
+from torchft.peft.lora import LoraConfig, apply_lora, init_lora
 from torchft.tokenizers.load import load_tokenizer
 
 SEQ_LEN = 512
 TURNS = (1, 1, 2, 2, 3, 4, 5, 6, 7)  # drawn from, for mode chat: short chats are more common
+B_STD = 0.1
 Chat = list[dict[str, str]]
 
 
@@ -39,6 +50,20 @@ def write_chats(folder: Path, model: Path, source: Path, count: int) -> None:
         if len(_encode(template, chat)["input_ids"]) <= SEQ_LEN:
             chats.append(chat)
     _write(folder, template, chats)
+
+
+def write_adapter(folder: Path, model: Path, cfg: LoraConfig) -> None:
+    """PEFT's files of an adapter over `model`, the same at each call."""
+    spec, _ = read_config(model)
+    decoder = build_decoder(spec, device="meta")
+    apply_lora([decoder], cfg)
+    adapter = {name: torch.empty(p.shape) for name, p in decoder.named_parameters() if p.requires_grad}
+    init_lora(adapter.items(), seed=0)
+    for name, b in adapter.items():
+        if name.endswith(".lora_b"):
+            b.normal_(0.0, B_STD, generator=keyed_generator("vs_peers", name))
+    shutil.rmtree(folder, ignore_errors=True)
+    save_adapter(folder, spec, adapter.items(), cfg, base={"path": str(model), "sha256": ""})
 
 
 def read_rows(folder: Path) -> list[dict[str, list[int]]]:

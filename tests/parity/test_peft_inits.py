@@ -27,15 +27,15 @@ def adapted_model(folder, cfg: LoraConfig):
     return model
 
 
-def move(model) -> None:
+def move(model, size: float = 0.1) -> None:
     """Trained adapters away from their first values."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(".lora_b"):
-                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+                p.add_(size * torch.randn(p.shape, generator=generator))
             elif name.endswith(".lora_magnitude"):
-                p.mul_(1 + 0.1 * torch.randn(p.shape, generator=generator))
+                p.mul_(1 + size * torch.randn(p.shape, generator=generator))
 
 
 def saved(model, cfg, folder):
@@ -43,8 +43,8 @@ def saved(model, cfg, folder):
     return folder
 
 
-def trained(forward, parameters, tokens) -> list[float]:
-    optimizer, curve = torch.optim.AdamW(parameters, lr=1e-3), []
+def trained(forward, parameters, tokens, lr: float = 1e-3) -> list[float]:
+    optimizer, curve = torch.optim.AdamW(parameters, lr=lr), []
     for _ in range(20):
         loss = F.cross_entropy(forward(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()

@@ -58,6 +58,20 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_is_exact(tmp_path: Path, 
     assert rows(tmp_path / "whole")[-1]["loss"] < rows(tmp_path / "whole")[0]["loss"]
 
 
+def test_dora_over_a_narrow_base_is_dora(tmp_path: Path, base: Path) -> None:
+    """A frozen base in bf16 under an fp32 adapter: the first lengths are those of the base's rows, and the losses those of fp32."""
+    losses = []
+    for name, *options in (("narrow", "precision.compute=bf16"), ("wide",)):
+        assert run_dist(run, 1, argv(tmp_path / name, base, "train.steps=3", "adapter.dora=true", "optim.lr=1e-3", *options)) == [0]
+        losses.append([row["loss"] for row in rows(tmp_path / name)])
+    assert all(abs(a - b) <= 2e-2 * b for a, b in zip(*losses, strict=True))
+    lengths = {name: value for name, value in adapter_of(tmp_path / "narrow", 3).items() if "magnitude" in name}
+    weights = open_weights(base, read_config(base)[0]).tensors
+    for name, value in lengths.items():
+        of = weights[name.removeprefix("base_model.model.model.").replace("lora_magnitude_vector", "weight")].read(()).norm(dim=1)
+        assert value.dtype == torch.float32 and (value / of - 1).abs().max() < 1e-2, name
+
+
 def test_ranks_change_nothing_but_rounding(tmp_path: Path, base: Path) -> None:
     """Two processes train the adapter that one trains."""
     assert run(argv(tmp_path / "one", base, "train.steps=3")) == 0

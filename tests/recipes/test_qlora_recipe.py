@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.dist import run_dist
 from tests.helpers.models import make_model
@@ -69,6 +70,33 @@ def test_the_export_is_what_was_trained(tmp_path: Path, base: Path, init: str) -
     assert main(["merge", str(folder), "--out", str(tmp_path / "merged"), "--values", "dequantised"]) == 0
     merged = open_weights(tmp_path / "merged", spec).tensors
     assert all((merged[n].read(()) - exported[n].read(())).abs().max() <= 1e-5 for n in exported)
+
+
+def test_a_merge_onto_far_original_weights_is_refused(tmp_path: Path, base: Path, capsys) -> None:
+    """--values original: the distance of the two bases in adapter's changes is the one that follows from the files; above 1 nothing is
+    written without --force; an adapter whose changes are larger than the distance is merged as it is."""
+    assert run(argv(tmp_path / "run", base, "train.steps=2", *NF4)) == 0
+    folder, spec = tmp_path / "run" / "adapter" / "step_00000002", read_config(base)[0]
+    plain, seen = open_weights(base, spec).tensors, open_base(base, spec, quant=QuantConfig(format="nf4", block_size=32))
+
+    def merge(name: str, *options: str) -> int:
+        capsys.readouterr()
+        return main(["merge", str(folder), "--out", str(tmp_path / name), "--values", "original", *options])
+
+    assert merge("refused") != 0 and not (tmp_path / "refused").exists()
+    said = capsys.readouterr()
+    assert "leave --values out" in said.err
+    assert merge("forced", "--force") == 0
+    merged = open_weights(tmp_path / "forced", spec).tensors
+    names = [name for name in plain if not torch.equal(plain[name].read(()), seen[name].read(()))]
+    lost = sum((seen[n].read(()) - plain[n].read(())).double().square().sum() for n in names)
+    change = sum((merged[n].read(()) - plain[n].read(())).double().square().sum() for n in names)
+    apart = float((lost / change).sqrt())
+    assert apart > 1 and f"lie {apart:.1f} times" in said.out
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: t * (2 * apart if "lora_B" in name else 1) for name, t in tensors.items()}, weights)
+    assert merge("near") == 0 and "lie 0.5 times" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

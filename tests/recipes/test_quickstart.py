@@ -72,3 +72,20 @@ def test_an_intact_file_is_known_by_its_hash(quickstart, tmp_path, monkeypatch):
     file.write_bytes(b"weighus")
     assert not quickstart.is_intact(file)
     assert not quickstart.is_intact(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("flag, config, recipe", [(None, "full", "full"), ("--lora", "lora", "lora"), ("--qlora", "qlora", "lora")])
+def test_flags_choose_config_and_recipe(quickstart, tmp_path, monkeypatch, flag, config, recipe):
+    """Each flag starts its own config by the recipe that knows its sections."""
+    commands = []
+
+    def launch(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(quickstart, "replies", lambda model, samples: quickstart.Replies([""] * len(samples), [False] * len(samples)))
+    monkeypatch.setattr(quickstart.subprocess, "run", launch)
+    assert quickstart.main(["--tiny", "--out", str(tmp_path), *([flag] if flag else [])]) == 7
+    (command,) = commands
+    assert str(ROOT / "recipes" / f"{recipe}_finetune.py") in command
+    assert command[command.index("--config") + 1] == str(ROOT / "configs" / "quickstart" / f"{config}.yaml")

@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]  # as the script itself is run
 from peers import cases, measure, table, workload  # noqa: E402
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +33,15 @@ def prepared(tmp_path_factory) -> cases.Prepared:
     done = cases.Prepared(cache / "model", cache, {"hf": Path(sys.executable)})
     workload.write_full_rows(done.data("eager"), TINY, cases.SOURCE, 4 * cases.ROWS)
     workload.write_chats(done.data("chat"), TINY, cases.SOURCE, 40)
+    workload.write_adapter(done.adapter, done.model, cases.LORA)
     return done
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["eager", "chat"])
+@pytest.mark.parametrize("mode", ["eager", "chat", pytest.param("lora", marks=pytest.mark.full)])
 def test_ours_a_plain_loop_and_trainer_have_the_same_losses(prepared, mode, monkeypatch):
-    """fp32: each step's loss on full rows; on chats the mean over all trained tokens, packed by two libraries and padded by the third."""
+    """fp32: each step's loss on full rows; on chats the mean over all trained tokens, packed by two libraries and padded by the third; LoRA
+    from the same first values, by the third with peft."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(cases, "LR", 1e-3)  # far enough for a wrong optimizer to show
     runs = {}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from torchft.batch import SampleId
 from torchft.data.collate import collate
@@ -106,7 +108,7 @@ def make_job(folder: Path, mode: str, out: Path):
     from report import Job  # the drivers' own name of the module
 
     paths = {"model": str(TINY), "data": str(folder / "tokens.jsonl"), "out": str(out / "rows.jsonl"), "scratch": str(out)}
-    return Job(**paths, mode=mode, dtype="fp32", rows=cases.ROWS, seq_len=workload.SEQ_LEN, lr=0.0, max_norm=1.0)
+    return Job(**paths, mode=mode, dtype="fp32", rows=cases.ROWS, seq_len=workload.SEQ_LEN, lr=0.0, max_norm=1.0, adapter="")
 
 
 def test_speed_leaves_warm_up_and_a_short_last_step_out():
@@ -191,3 +193,32 @@ def test_wrong_words_are_refused(args, capsys):
     with pytest.raises(SystemExit) as ended:
         vs_peers.parse(args)
     assert ended.value.code == 2 and "expected" in capsys.readouterr().err
+
+
+def test_each_section_names_its_commits():
+    """Sections that were measured at different times say so; runs of before the commit was kept are unknown."""
+    text = table.sections([measured(commit="abc"), measured("bare", commit="def"), measured(mode="chat")], 1)
+    assert "Commit abc, def; load" in text and "Commit unknown; load" in text
+
+
+def test_what_was_written_stands_when_the_cache_is_gone(tmp_path, monkeypatch):
+    """--add with an empty cache begins with the written runs, so that writing again loses no section."""
+    monkeypatch.setattr(vs_peers, "RESULTS", tmp_path)
+    monkeypatch.setattr(vs_peers, "prepare", lambda *_: None)
+    (tmp_path / "vs_peers.json").write_text(json.dumps({"runs": [measured(mode="chat").to_json()]}))
+    arguments = ["--model", str(TINY), "--cache", str(tmp_path), "--rounds", "0", "--warmup", "1", "--write"]
+    assert vs_peers.main([*arguments, "--add"]) == 0
+    assert json.loads((tmp_path / "vs_peers.json").read_text())["runs"] == [measured(mode="chat").to_json()]
+    assert "Chats, prompts masked" in (tmp_path / "vs_peers.md").read_text()
+
+
+def test_the_adapter_does_something_and_is_the_same_each_time(tmp_path):
+    """All linear layers of the blocks, B not zero; a second call writes the same numbers."""
+    tensors = []
+    for name in ("one", "two"):
+        workload.write_adapter(tmp_path / name, TINY, cases.LORA)
+        tensors.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    first, second = tensors
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert all(value.any() for value in first.values())
+    assert {key.split(".")[-3] for key in first} == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}

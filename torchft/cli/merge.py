@@ -6,6 +6,7 @@ from pathlib import Path
 from torchft.cli.export import shard_bytes
 
 MAX_LOSS = 0.5  # rounding errors over the adapter's changes: at 1 nothing of the adapter is left
+MAX_APART = 1.0  # original and quantised base, over the adapter's changes: beyond it more is changed by the merge than by the training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the base, for an adapter of a quantised one: as in its files, or as it was trained on (default)",
     )
     parser.add_argument("--shard-size", type=shard_bytes, default="5GB", help="largest weights file, in MB or GB (default 5GB)")
-    parser.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or where rounding loses it")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="merge into another base than the adapter's, or where rounding loses it, or far from the values it was trained on",
+    )
 
 
 def numbers(text: str) -> list[float]:
@@ -32,7 +37,7 @@ def numbers(text: str) -> list[float]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Merges and prints what rounding cost."""
+    """Merges and prints what rounding cost, and how far the base lies from the one that the adapter saw."""
     from torchft.checkpoint.adapters import merge_loss, merged, merged_spec
     from torchft.dtypes import DTYPES
     from torchft.errors import ConfigError, Problem
@@ -41,6 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
     weights, values = arguments.weights, arguments.values
     source, adapter = open_for_merge(arguments.adapter, arguments.base, weights=weights, force=arguments.force, values=values)
+    apart = quantisation_error(source, adapter) if adapter.quant and values == "original" else None
+    if apart is not None:
+        print(f"the base it was trained on was quantised: those values lie {apart:.1f} times the adapter's changes from the original's")
+        if apart > MAX_APART and not arguments.force:
+            given = f"original, which lies {apart:.1f} times the adapter's changes from the quantised values it was trained on"
+            fix = "leave --values out and merge onto the dequantised values, or --force"
+            raise ConfigError(Problem("--values", given, f"at most {MAX_APART:.1f} times", fix))
     loss = merge_loss(source.tensors, adapter, dtype)
     if loss > MAX_LOSS and not arguments.force:
         given = f"{arguments.dtype or 'that of the base'}, whose rounding errors are {loss:.0%} of the adapter's changes"
@@ -48,7 +60,4 @@ def run(arguments: argparse.Namespace) -> int:
     whole = type(source)(merged_spec(source.spec, adapter), merged(source.tensors, adapter, wide=dtype is not None), source.assets)
     export_hf_folder(whole, "", arguments.out, dtype=dtype, shard_bytes=arguments.shard_size)
     print(f"{arguments.out}: {len(adapter.modules())} layers merged; rounding errors are {loss:.1%} of the adapter's changes")
-    if adapter.quant and arguments.values == "original":
-        error = quantisation_error(source, adapter)
-        print(f"the base it was trained on was quantised: those values lie {error:.1f} times the adapter's changes from the original's")
     return 0

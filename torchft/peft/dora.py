@@ -63,11 +63,14 @@ class DoraMixin(LoraMixin):
 
 
 def adapted_norm(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The norm of each row of weight (out, in) + the sum of B A over pairs of A (r, in), B (out, r): (out,), at least fp32."""
+    """The norm of each row of weight (out, in) + the sum of B A over pairs of A (r, in), B (out, r): (out,), at least fp32.
+
+    The weight may be narrower than A and B, as a frozen base is under mixed precision.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     square = _replicated(torch.linalg.vector_norm(weight, dim=1, dtype=wide)).square()
     for i, (a, b) in enumerate(pairs):
-        square = square + 2 * _rows((weight @ a.T).to(wide), b)
+        square = square + 2 * _rows((weight.to(torch.promote_types(weight.dtype, a.dtype)) @ a.T).to(wide), b)
         for other_a, other_b in pairs[: i + 1]:
             square = square + (1 if other_a is a else 2) * _rows(b.to(wide) @ (a.to(wide) @ other_a.to(wide).T), other_b)
     return square.clamp(min=torch.finfo(wide).tiny).sqrt()
