@@ -66,10 +66,13 @@ def test_fully_sharded(reshard: bool, every: bool):
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_tensor_parallel(sequence_parallel: bool):
     """n micro-batches of (b, t, d) = S bytes: with sequence parallelism 4 L + 2 gathers and as many reduce-scatters of S, forward and
-    backward; without it one all-reduce of S in the place of each such pair."""
+    backward, and one small all-reduce a step of each norm's gradient; without it one all-reduce of S in the place of each such pair.
+    The loss all-reduces twice a micro-batch either way: the largest logit, and the sums."""
     n, stream = 4, B * T * D * ITEM
     for seen in run_pooled(lines, 2, {"tp": 2, "sequence_parallel": sequence_parallel}):
+        assert of(seen, "tp", "allreduce_")[0] == 2 * n + 1, seen  # and the norm: the two ranks are the world
         if sequence_parallel:
+            assert of(seen, "tp", "all_reduce")[0] == 2 * LAYERS + 1, seen
             assert of(seen, "tp", "gather") == (n * (4 * LAYERS + 2), n * (4 * LAYERS + 2) * stream)
             assert of(seen, "tp", "reduce_scatter") == (n * (4 * LAYERS + 2), n * (4 * LAYERS + 2) * stream)
         else:
