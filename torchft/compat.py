@@ -2,12 +2,13 @@
 
 import ctypes
 import platform
+import warnings
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.distributed import ProcessGroup, Store, distributed_c10d
+from torch.distributed import ProcessGroup, Store, _symmetric_memory, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
@@ -28,6 +29,14 @@ def join_meshes(meshes: list[DeviceMesh]) -> DeviceMesh:
 def set_timeout(group: ProcessGroup, timeout_s: float) -> None:
     """How long a collective of this group may take; a mesh makes its groups with torch's default of half an hour on gloo."""
     distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def allow_symmetric_memory(group: ProcessGroup) -> None:
+    """Lets compiled code move this group's tensors through symmetric memory. torch calls it deprecated and still asks for it where it
+    looks for what to overlap (inductor's micro_pipeline_tp)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        _symmetric_memory.enable_symm_mem_for_group(group.group_name)
 
 
 def default_store() -> Store:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.dist.test_contract import seed_adapters
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import mesh_of, run_pooled
 from tests.helpers.families import tiny_spec
 from tests.helpers.tiny import global_steps, of_rank, relative_error
 from torchft.checkpoint.adapters import load_adapter, save_adapter
@@ -15,7 +15,7 @@ from torchft.losses.cross_entropy import CrossEntropy
 from torchft.models.init import init_weights
 from torchft.parallel.apply import parallelize
 from torchft.parallel.fsdp import PrecisionConfig
-from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.mesh import ParallelConfig
 from torchft.parallel.pp import build_stages
 from torchft.peft.lora import LoraConfig, apply_lora
 from torchft.train.step import evaluate
@@ -27,7 +27,7 @@ LAYOUTS = {"dp2": (2, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "dp2 tp
 
 def build(world: int, parallel: dict, family: str):
     spec, cfg = tiny_spec(family), ParallelConfig(**parallel)
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
+    mesh = mesh_of(cfg, world)
     modules = build_stages(spec, mesh, torch.float64)
     apply_lora(modules, CFG)
     parts = parallelize(modules, mesh, cfg, precision=PrecisionConfig(params="fp64"))
@@ -54,13 +54,13 @@ def read(world: int, parallel: dict, family: str, folder: Path) -> float:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.full)])
 def test_files_in_and_out_of_every_layout(tmp_path: Path, family: str, layout: str) -> None:
     """Each layout writes the file one process writes, and reads one into the loss that one process has (fp64, 1e-9)."""
     world, parallel = LAYOUTS[layout]
     expected = write(1, {}, family, tmp_path / "one")
-    losses = run_dist(write, world, world, parallel, family, tmp_path / "many")
-    losses += run_dist(read, world, world, parallel, family, tmp_path / "one")
+    losses = run_pooled(write, world, world, parallel, family, tmp_path / "many")
+    losses += run_pooled(read, world, world, parallel, family, tmp_path / "one")
     assert all(abs(got - expected) <= 1e-9 * expected for got in losses)
     one, many = (open_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "many"))
     assert one.keys() == many.keys()

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tests.helpers.caches import ListRecords, make_encoded, make_key
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import run_dist, run_pooled
 from torchft.data.cache_build import build_cache
 from torchft.errors import DataError
 
@@ -59,6 +59,6 @@ def _bad(folder: str) -> tuple[str, float]:
 
 def test_one_ranks_data_error_is_raised_on_all(tmp_path):
     """A bad record in rank 1's slice: every rank raises that very message within seconds."""
-    results = run_dist(_bad, 3, str(tmp_path))
+    results = run_pooled(_bad, 3, str(tmp_path))
     assert {text for text, _ in results} == {"rows.jsonl:5:1: key 'messages' is missing"}
     assert max(seconds for _, seconds in results) < 5

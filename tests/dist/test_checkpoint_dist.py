@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import run_dist, run_pooled
 from tests.helpers.toys import LAYOUTS, fingerprint, toy, toy_optimizer, train
 from torchft.checkpoint.load import load_weights_only
 from torchft.checkpoint.manifest import verify
@@ -36,7 +36,7 @@ def load(layout: str, folder: Path) -> dict[str, str]:
 
 
 def on(layout: str, fn: object, *args: object) -> list:
-    return [fn(layout, *args)] if LAYOUTS[layout] == 1 else run_dist(fn, LAYOUTS[layout], layout, *args)
+    return [fn(layout, *args)] if LAYOUTS[layout] == 1 else run_pooled(fn, LAYOUTS[layout], layout, *args)
 
 
 @pytest.mark.parametrize("saved", LAYOUTS)
@@ -53,7 +53,7 @@ def test_every_layout_loads_what_another_saved_bit_for_bit(saved: str, tmp_path:
 def test_saving_is_deterministic(tmp_path: Path) -> None:
     """Two saves of one state on two ranks give the same bytes in every file."""
     for name in ("a", "b"):
-        run_dist(save, 2, "fsdp2", tmp_path / name)
+        run_pooled(save, 2, "fsdp2", tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert len(files) == 9
     assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)[0] == files
@@ -75,8 +75,8 @@ def straight(layout: str) -> dict[str, str]:
 
 def test_resume_is_exact(tmp_path: Path) -> None:
     """8 steps = 4 + resume + 4 on the same two ranks, to the bit."""
-    run_dist(save, 2, "fsdp2", tmp_path, 4)
-    assert run_dist(resumed, 2, "fsdp2", tmp_path) == run_dist(straight, 2, "fsdp2")
+    run_pooled(save, 2, "fsdp2", tmp_path, 4)
+    assert run_pooled(resumed, 2, "fsdp2", tmp_path) == run_pooled(straight, 2, "fsdp2")
 
 
 def weights_only(layout: str, folder: Path) -> tuple[dict[str, str], int]:
@@ -87,8 +87,8 @@ def weights_only(layout: str, folder: Path) -> tuple[dict[str, str], int]:
 
 def test_weights_only_reaches_every_holder(tmp_path: Path) -> None:
     """A start from weights fills all parameters, the tied copy on the last stage too, and leaves the optimizer empty."""
-    before = run_dist(save, 2, "fsdp2", tmp_path)[0]
-    for after, num_states in run_dist(weights_only, 2, "pp", tmp_path):
+    before = run_pooled(save, 2, "fsdp2", tmp_path)[0]
+    for after, num_states in run_pooled(weights_only, 2, "pp", tmp_path):
         assert after == {name: value for name, value in before.items() if name in after} and "embed.weight" in after
         assert num_states == 0
 
@@ -141,13 +141,13 @@ def fall_back(folder: Path) -> tuple[int, list[str]]:
 @pytest.mark.parametrize("victim", ["model/__1_0.distcp", "optimizer/__1_0.distcp", "state.json"])
 def test_all_ranks_fall_back_together(victim: str, tmp_path: Path) -> None:
     """One flipped bit in a file of the newest checkpoint: both ranks resume from the one before, rank 0 names the file."""
-    run_dist(save, 2, "fsdp2", tmp_path, 1)
-    run_dist(save, 2, "fsdp2", tmp_path, 2)
+    run_pooled(save, 2, "fsdp2", tmp_path, 1)
+    run_pooled(save, 2, "fsdp2", tmp_path, 2)
     path = tmp_path / "step_00000002" / victim
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    (step, records), (other, _) = run_dist(fall_back, 2, tmp_path)
+    (step, records), (other, _) = run_pooled(fall_back, 2, tmp_path)
     assert step == other == 1
     assert any("DAMAGED" in line and str(path) in line for line in records)
     assert (tmp_path / "latest").read_text() == "step_00000001\n"
@@ -167,8 +167,8 @@ def mismatch(folder: Path) -> tuple[str, bool]:
 
 def test_keys_are_compared_over_all_stages(tmp_path: Path) -> None:
     """Names missing and extra on different pipeline stages are listed on every rank, and nothing was touched."""
-    run_dist(save, 2, "fsdp2", tmp_path)
-    (first, clean), (second, also_clean) = run_dist(mismatch, 2, tmp_path)
+    run_pooled(save, 2, "fsdp2", tmp_path)
+    (first, clean), (second, also_clean) = run_pooled(mismatch, 2, tmp_path)
     assert first == second and clean and also_clean
     for key in ("embed.weight ", "embed.weight_renamed ", "norm.weight ", "norm.weight_renamed "):
         assert f"model {key}" in first
@@ -176,7 +176,7 @@ def test_keys_are_compared_over_all_stages(tmp_path: Path) -> None:
 
 def test_one_file_a_rank_without_duplicates(tmp_path: Path) -> None:
     """HSDP writes each shard once: the files together are about the size of the tensors, not twice."""
-    run_dist(save, 4, "hsdp", tmp_path)
+    run_pooled(save, 4, "hsdp", tmp_path)
     save("plain", tmp_path / "plain")
     sizes = {}
     for folder, num_files in ((tmp_path / "step_00000003", 4), (tmp_path / "plain" / "step_00000003", 1)):

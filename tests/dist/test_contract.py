@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from tests.dist.test_families_dist import spread
-from tests.helpers.dist import run_dist, run_pooled
+from tests.helpers.dist import mesh_of, run_dist, run_pooled
 from tests.helpers.families import tiny_spec
 from tests.helpers.flex import flex_on_cpu
 from tests.helpers.tiny import global_steps, of_rank, relative_error, tiny_llama
@@ -26,7 +26,7 @@ from torchft.models.spec import ModelSpec
 from torchft.parallel.apply import parallelize
 from torchft.parallel.compile import CompileConfig
 from torchft.parallel.fsdp import PrecisionConfig
-from torchft.parallel.mesh import FsdpConfig, Mesh, ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.mesh import FsdpConfig, ParallelConfig
 from torchft.parallel.pp import build_stages
 from torchft.parallel.recompute import MemoryConfig
 from torchft.peft.lora import LoraConfig, apply_lora, init_lora
@@ -50,14 +50,27 @@ class Cell:
     core: str = "auto"
     family: str = ""  # of tests/helpers/families.py; "": the tiny llama
     num_batches: int = 4  # micro-batches of a step over all data ranks
+    full: bool = False  # of `make test-full` alone, and so is every cell in fp32 but those of FP32
 
     @property
-    def spec(self) -> ModelSpec:
-        return spec_of(self.family, self.tied)
+    def num_layers(self) -> int:
+        return 4 if "pp" in dict(self.parallel) else 2
 
 
-def spec_of(family: str, tied: bool) -> ModelSpec:
-    return tiny_spec(family) if family else tiny_llama(tied=tied)
+def spec_of(family: str, tied: bool, num_layers: int) -> ModelSpec:
+    return tiny_spec(family) if family else tiny_llama(tied=tied, num_layers=num_layers)
+
+
+FP32 = {"world1", "fsdp2", "hsdp2x2", "tp2-sp", "tp2-nosp-untied", "pp2-1f1b", "pp2-tp2", "replicate2"}  # also in `make test`
+
+
+def runs(cells) -> list:
+    """Each cell in both precisions."""
+
+    def marks(cell: Cell, dtype: str):
+        return pytest.mark.full if cell.full or (dtype == "fp32" and cell.name not in FP32) else ()
+
+    return [pytest.param(cell, dtype, id=f"{cell.name}-{dtype}", marks=marks(cell, dtype)) for cell in cells for dtype in TOLERANCE]
 
 
 CELLS = (
@@ -66,12 +79,12 @@ CELLS = (
     Cell("fsdp2", 2),
     Cell("fsdp2-recompute-untied", 2, recompute="full", tied=False),
     Cell("fsdp2-sync-every", 2, (("fsdp", FsdpConfig(sync_every_micro_batch=True, reshard_after_forward=False)),)),
-    Cell("fsdp2-compile-recompute", 2, recompute="full", compile="aot_eager"),
+    Cell("fsdp2-compile-recompute", 2, recompute="full", compile="aot_eager", full=True),
     Cell("fsdp4", 4),
     Cell("hsdp2x2", 4, (("dp_replicate", 2),)),
-    Cell("tp2-sp", 2, (("tp", 2),)),
-    Cell("tp2-nosp-untied", 2, (("tp", 2), ("sequence_parallel", False)), tied=False),
-    Cell("tp2-compile", 2, (("tp", 2),), compile="aot_eager"),
+    Cell("tp2-sp", 2, (("tp", 2),), num_batches=2),
+    Cell("tp2-nosp-untied", 2, (("tp", 2), ("sequence_parallel", False)), tied=False, num_batches=2),
+    Cell("tp2-compile", 2, (("tp", 2),), compile="aot_eager", num_batches=2),
     Cell("pp2-1f1b", 2, (("pp", 2),)),
     Cell("pp2-gpipe-untied-lora", 2, (("pp", 2), ("schedule", "gpipe")), tied=False, lora=True),
     Cell("pp2-fsdp2", 4, (("pp", 2),)),
@@ -80,7 +93,7 @@ CELLS = (
 )
 FLEX_CELLS = (  # FlexAttention, whose block mask goes through every wrapper; on CUDA it has no fp64
     Cell("fsdp2-flex-compile-recompute", 2, recompute="full", compile="aot_eager", core="flex"),
-    Cell("tp2-flex-compile", 2, (("tp", 2),), compile="aot_eager", core="flex"),
+    Cell("tp2-flex-compile", 2, (("tp", 2),), compile="aot_eager", core="flex", full=True),
     Cell("pp2-flex-selective", 2, (("pp", 2),), recompute="selective", core="flex"),
 )
 
@@ -99,9 +112,9 @@ def adamw(parameters):
 
 
 @cache
-def reference(family: str, tied: bool, dtype: str, lora: bool, num_batches: int):
+def reference(family: str, tied: bool, num_layers: int, dtype: str, lora: bool, num_batches: int):
     """The bare loop: losses by step, gradients of step 1 (clipped), weights and a validation loss after step 5."""
-    spec = spec_of(family, tied)
+    spec = spec_of(family, tied, num_layers)
     model = build_decoder(spec, dtype=DTYPES[dtype])
     if lora:
         apply_lora([model], LoraConfig(rank=3))
@@ -138,15 +151,12 @@ def full(x: torch.Tensor) -> torch.Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu().clone()
 
 
-@cache
-def mesh_of(degrees: tuple[tuple[str, int], ...], device: str) -> Mesh:
-    return build_mesh(dict(degrees), torch.device(device))
-
-
 def run_cell(cell: Cell, dtype: str, device: str = "cpu"):
     """One rank: the same five steps through parallelize and train_step."""
-    spec, cfg = cell.spec, ParallelConfig(**dict(cell.parallel))
-    mesh = mesh_of(tuple(resolve_degrees(cfg, cell.world).items()), device)
+    if cell.compile:
+        torch.compiler.reset()  # each cell compiles the same code for another model
+    spec, cfg = spec_of(cell.family, cell.tied, cell.num_layers), ParallelConfig(**dict(cell.parallel))
+    mesh = mesh_of(cfg, cell.world, device=device)
     modules = build_stages(spec, mesh, DTYPES[dtype], cell.core, cfg)
     if cell.lora:
         apply_lora(modules, LoraConfig(rank=3))
@@ -177,8 +187,7 @@ def run_cell(cell: Cell, dtype: str, device: str = "cpu"):
     return losses, grads, [(name, full(p)) for name, p in trained], held_out
 
 
-@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
-@pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)
+@pytest.mark.parametrize("cell, dtype", runs(CELLS))
 def test_layout_equals_one_process(cell: Cell, dtype: str):
     """Loss of five steps, every gradient, every weight after five steps, and the validation loss."""
     ranks = [run_cell(cell, dtype)] if cell.world == 1 else run_pooled(run_cell, cell.world, cell, dtype)
@@ -186,7 +195,7 @@ def test_layout_equals_one_process(cell: Cell, dtype: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", FLEX_CELLS, ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.name, marks=pytest.mark.full if cell.full else ()) for cell in FLEX_CELLS])
 def test_flex_attention_equals_one_process_with_sdpa(cell: Cell):
     """The same with block masks in the place of dense ones, which sharding, hooks, recomputation and compiled blocks hand on."""
     with flex_on_cpu():
@@ -196,7 +205,7 @@ def test_flex_attention_equals_one_process_with_sdpa(cell: Cell):
 
 def compare(cell: Cell, dtype: str, ranks: list) -> None:
     """Each rank's results against the reference."""
-    losses, grads, weights, held_out = reference(cell.family, cell.tied, dtype, cell.lora, cell.num_batches)
+    losses, grads, weights, held_out = reference(cell.family, cell.tied, cell.num_layers, dtype, cell.lora, cell.num_batches)
     tolerance = TOLERANCE[dtype]
     seen_grads, seen_weights = set(), set()
     for got_losses, got_grads, got_weights, got_held_out in ranks:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.dist.test_contract import adamw, full
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import mesh_of, run_dist, run_pooled
 from tests.helpers.tiny import global_steps, of_rank, packed_batch, relative_error, tiny_llama
 from torchft.batch import Across, Batch, sum_forward
 from torchft.dist import agree, keyed_seed
@@ -23,7 +23,7 @@ STEPS = 10
 
 def build(world: int, dtype: str, precision: PrecisionConfig | None = None, **degrees):
     spec, cfg = tiny_llama(), ParallelConfig(**degrees)
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"), mixed=bool(precision and precision.is_mixed))
+    mesh = mesh_of(cfg, world, mixed=bool(precision and precision.is_mixed))
     parts = parallelize(build_stages(spec, mesh, DTYPES[dtype]), mesh, cfg, precision=precision or PrecisionConfig(params=dtype))
     init_weights(parts.named_parameters(copies=True), spec, seed=2)
     return parts
@@ -40,12 +40,12 @@ def ten_steps(world: int, dtype: str, degrees: dict):
     return losses, {name: full(p) for name, p in parts.named_parameters()}
 
 
-@pytest.mark.parametrize("dtype,tolerance", [("fp64", 1e-9), ("fp32", 1e-5)])
+@pytest.mark.parametrize("dtype,tolerance", [("fp64", 1e-9), pytest.param("fp32", 1e-5, marks=pytest.mark.full)])
 @pytest.mark.parametrize("world,degrees", [(2, {}), (4, {}), (4, {"dp_replicate": 2})], ids=["fsdp2", "fsdp4", "hsdp2x2"])
 def test_ten_steps_equal_one_process(world, degrees, dtype, tolerance):
     """Losses of ten AdamW steps and all weights after them."""
     want_losses, want = ten_steps(1, dtype, {})
-    for losses, weights in run_dist(ten_steps, world, world, dtype, degrees):
+    for losses, weights in run_pooled(ten_steps, world, world, dtype, degrees):
         assert all(abs(a - b) <= tolerance * b for a, b in zip(losses, want_losses, strict=True))
         for name, weight in weights.items():
             assert relative_error(weight, want[name]) <= tolerance, name
@@ -118,7 +118,7 @@ def test_validation_does_not_depend_on_batch_or_world_size():
     """One row, two or three at once, on 1, 2 and 3 ranks: the same validation loss (fp64)."""
     want = evaluated(1, 1)
     for world, rows_at_once in ((1, 2), (1, 6), (2, 1), (2, 3), (3, 2)):
-        got = [evaluated(1, rows_at_once)] if world == 1 else run_dist(evaluated, world, world, rows_at_once)
+        got = [evaluated(1, rows_at_once)] if world == 1 else run_pooled(evaluated, world, world, rows_at_once)
         assert all(abs(value - want) <= 1e-9 * want for value in got)
 
 
@@ -138,7 +138,7 @@ def test_mixed_precision_is_near_fp32():
         parts, global_steps(1)[0], CrossEntropy(), adamw(p for _, p in parts.named_parameters()), max_norm=None, nonfinite=NonFinite()
     )
     loss = parts.reduce_metrics(stats.metrics)["loss"]
-    for got, norm, dtype in run_dist(bf16_steps, 2, 2):
+    for got, norm, dtype in run_pooled(bf16_steps, 2, 2):
         assert 0 < abs(got - loss) < 1e-2 * loss  # not equal: bf16 was really used
         assert abs(norm - stats.grad_norm) < 5e-2 * stats.grad_norm
         assert dtype == torch.float32
@@ -161,7 +161,7 @@ def poisoned(world: int):
 
 def test_bad_step_is_skipped_by_all_ranks_together():
     """NaN on one rank alone: both skip, no weight moves. A step without a trained token anywhere moves nothing either."""
-    for result in run_dist(poisoned, 2, 2):
+    for result in run_pooled(poisoned, 2, 2):
         assert result == ("loss or gradients not finite", True, "no trained tokens", True)
 
 
@@ -175,7 +175,7 @@ def norm_with_one_bad_shard(world: int):
 
 def test_a_bad_number_in_one_shard_is_seen_by_all():
     """inf in rank 1's shard of one gradient: the norm is not finite on rank 0 either, so both decide the same."""
-    assert run_dist(norm_with_one_bad_shard, 2, 2) == [float("inf")] * 2
+    assert run_pooled(norm_with_one_bad_shard, 2, 2) == [float("inf")] * 2
 
 
 def blamed(world: int) -> str:
@@ -190,7 +190,7 @@ def blamed(world: int) -> str:
 
 def test_a_bad_loss_names_its_samples_on_every_rank():
     """NaN in rank 1's first micro-batch (sample 2): both ranks name that sample and no other."""
-    for text in run_dist(blamed, 2, 2):
+    for text in run_pooled(blamed, 2, 2):
         assert "tiny[2] epoch 0" in text and "tiny[0]" not in text and "tiny[3]" not in text
 
 
@@ -217,4 +217,4 @@ def over_ranks():
 
 def test_sums_over_cp_forward_only_and_ranks_agree():
     """over_cp: forward the sum, backward the identity. agree: the largest value. The noise key is the same everywhere."""
-    assert run_dist(over_ranks, 2) == [(3.0, 5.0, 1, keyed_seed("a", 1))] * 2
+    assert run_pooled(over_ranks, 2) == [(3.0, 5.0, 1, keyed_seed("a", 1))] * 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import mesh_of, run_pooled
 from tests.helpers.families import FAMILIES, tiny_spec
 from tests.helpers.tiny import global_steps, of_rank
 from torchft.losses.cross_entropy import CrossEntropy
@@ -15,7 +15,7 @@ from torchft.models.init import fill_blocks, init_weights
 from torchft.parallel.apply import parallelize
 from torchft.parallel.compile import CompileConfig
 from torchft.parallel.fsdp import PrecisionConfig
-from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.mesh import ParallelConfig
 from torchft.parallel.parts import add_up
 from torchft.parallel.pp import build_stages
 
@@ -55,7 +55,7 @@ def loss_and_gradients(parts, batches, mesh):
 def run_families(names: list[str], degrees: dict, world: int = WORLD, build=tiny_spec, compile: str = "") -> dict[str, tuple]:
     """One rank, one family after the other. build: name -> spec. compile: a backend, if the blocks are compiled."""
     cfg = ParallelConfig(**degrees)
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
+    mesh = mesh_of(cfg, world)
     precision, compiled = PrecisionConfig(params="fp64"), CompileConfig(enabled=bool(compile), backend=compile)
     results = {}
     for name in names:
@@ -63,14 +63,14 @@ def run_families(names: list[str], degrees: dict, world: int = WORLD, build=tiny
         torch._dynamo.reset()  # else the last family's graphs are made general for this one
         parts = parallelize(build_stages(spec, mesh, torch.float64), mesh, cfg, precision=precision, compile=compiled)
         spread(parts.named_parameters(copies=True), spec)
-        results[name] = loss_and_gradients(parts, global_steps(1)[0], mesh)
+        results[name] = loss_and_gradients(parts, global_steps(1, 2)[0], mesh)
     return results
 
 
 @cache
 def results_of(layout: str) -> list[dict[str, tuple]]:
     """By rank and family; the processes are started once a layout."""
-    return run_dist(run_families, WORLD, list(FAMILIES), LAYOUTS[layout])
+    return run_pooled(run_families, WORLD, list(FAMILIES), LAYOUTS[layout])
 
 
 @cache
@@ -79,7 +79,7 @@ def reference(name: str, build=tiny_spec):
     spec = build(name)
     model = build_decoder(spec, device="cpu", dtype=torch.float64)
     spread(model.named_parameters(), spec)
-    batches = global_steps(1)[0]
+    batches = global_steps(1, 2)[0]
     total, count = 0.0, sum(b.weights.double().sum() for b in batches)
     for b in batches:
         logits = model(b.tokens, layout=b.layout(), positions=b.positions)

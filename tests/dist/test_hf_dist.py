@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import mesh_of, run_pooled
 from tests.helpers.tiny import tiny_llama, uneven
 from torchft.checkpoint.assets import Assets
 from torchft.checkpoint.hf import load_hf, save_hf
@@ -17,7 +17,7 @@ from torchft.models.decoder import build_decoder
 from torchft.models.init import init_weights
 from torchft.parallel.apply import parallelize
 from torchft.parallel.fsdp import PrecisionConfig
-from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.mesh import ParallelConfig
 from torchft.parallel.pp import build_stages
 
 LAYOUTS = {
@@ -34,7 +34,7 @@ ASSETS = Assets({"eos_token_id": 2}, {}, {"tokenizer.json": b"{}"})
 
 def parts_of(spec, world: int, degrees: dict):
     cfg = ParallelConfig(**degrees)
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
+    mesh = mesh_of(cfg, world)
     return parallelize(build_stages(spec, mesh, torch.float32), mesh, cfg, precision=PrecisionConfig(params="fp32"))
 
 
@@ -56,7 +56,7 @@ def test_in_and_out_of_every_layout(tmp_path, layout, kind):
     model = build_decoder(spec, device="cpu")
     init_weights(model.named_parameters(), spec, 0)
     save_hf(tmp_path / "in", spec, model.named_parameters(), ASSETS, shard_bytes=20_000)
-    read = run_dist(load_and_save, world, spec, world, degrees, tmp_path / "in", tmp_path / "out")
+    read = run_pooled(load_and_save, world, spec, world, degrees, tmp_path / "in", tmp_path / "out")
     assert all(num_bytes == held for num_bytes, held in read)
     before, after = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("in", "out"))
     assert before == after
@@ -71,7 +71,7 @@ def save_bf16(spec, target: Path) -> None:
 def test_a_cast_while_saving_from_another_stage(tmp_path):
     """bf16 out of fp32 stages: the second stage's tensors reach rank 0 rounded once."""
     spec = tiny_llama()
-    run_dist(save_bf16, 4, spec, tmp_path / "m")
+    run_pooled(save_bf16, 4, spec, tmp_path / "m")
     model = build_decoder(spec, device="cpu")
     init_weights(model.named_parameters(), spec, 0)
     tensors = load_file(tmp_path / "m" / "model.safetensors")
@@ -99,6 +99,6 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path, kind, words):
     model = build_decoder(spec, device="cpu")
     init_weights(model.named_parameters(), spec, 0)
     save_hf(tmp_path / "in", spec, model.named_parameters(), ASSETS)
-    for text in run_dist(fail_on_one_rank, 2, spec, tmp_path / "in", tmp_path / "out", kind):
+    for text in run_pooled(fail_on_one_rank, 2, spec, tmp_path / "in", tmp_path / "out", kind):
         assert words in text
     assert not (tmp_path / "out").exists()

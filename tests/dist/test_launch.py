@@ -49,7 +49,7 @@ def stub(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("codes, want", [("79,79", 79), ("-9,75", 1)])
 def test_codes_come_through_torchrun(stub, codes, want, capfd):
     """The recipe's code, not torchrun's 1; stopped and saved only if every rank says so."""
@@ -120,7 +120,7 @@ def test_checks_before_it_starts(tmp_path, capsys):
     assert main(["run", "full_finetune", "--config", "debug/tiny", "--nnodes", "2", *argv]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_trains_on_two_processes(tmp_path):
     """The real recipe on two ranks: exit 0 and its run folder."""
     argv = arguments(tmp_path / "run", tmp_path / "cache", "train.steps=3", "validate.every_steps=0", "export.hf=false")

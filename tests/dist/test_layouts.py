@@ -1,8 +1,10 @@
 """All axes together: each pair, each triple on 8 processes and all four on 16, held as in test_contract to one bare process."""
 
+from dataclasses import replace
+
 import pytest
 
-from tests.dist.test_contract import Cell, compare, run_cell
+from tests.dist.test_contract import Cell, compare, run_cell, runs
 from tests.helpers.dist import run_pooled
 
 TP, PP, REPLICATE = ("tp", 2), ("pp", 2), ("dp_replicate", 2)
@@ -28,39 +30,41 @@ SCHEDULES = (  # the interleaved ones: two stages on each of two ranks
     Cell("pp2-tp2-zbv", 4, (PP, TP, ("schedule", "zbv"))),
 )
 MORE_SCHEDULES = tuple(
-    Cell(f"{layout}-{schedule}", world, (PP, *parallel, ("schedule", schedule)), num_batches=8)
-    for layout, world, parallel in (("pp2-tp2", 4, (TP,)), ("pp2-hsdp2x2", 8, (REPLICATE,)), ("pp2-fsdp2-tp2", 8, (TP,)))
+    Cell(f"{layout}-{schedule}", world, (PP, *parallel, ("schedule", schedule)), num_batches=num_batches)
+    for layout, world, parallel, num_batches in (
+        ("pp2-tp2", 4, (TP,), 4),
+        ("pp2-hsdp2x2", 8, (REPLICATE,), 16),
+        ("pp2-fsdp2-tp2", 8, (TP,), 8),
+    )
     for schedule in ("gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
+    if (layout, schedule) != ("pp2-tp2", "zbv")
+)
+OTHERS = ("qwen3", "gemma3", "phi3")
+FAMILIES = tuple(Cell(f"pp2-tp2-{family}", 4, (PP, TP), family=family, num_batches=2) for family in OTHERS)
+MORE_FAMILIES = (  # "": the tiny llama
+    *(Cell(f"pp2-fsdp2-tp2-{family}", 8, (PP, TP), family=family) for family in OTHERS),
+    *(Cell(f"pp2-tp2-lora-{family}", 4, (PP, TP), family=family, lora=True, num_batches=2) for family in OTHERS),
+    *(Cell(f"pp2-fsdp2-tp2-lora-{family or 'llama'}", 8, (PP, TP), family=family, lora=True) for family in ("", *OTHERS)),
+    *(Cell(f"fsdp2-tp2-compile-{family or 'llama'}", 4, (TP,), family=family, compile="aot_eager") for family in ("", *OTHERS)),
+    *(Cell(f"pp2-fsdp2-compile-{family or 'llama'}", 4, (PP,), family=family, compile="aot_eager") for family in ("", *OTHERS)),
 )
 MORE_LAYOUTS = (
     Cell("pp2-tp2-lora", 4, (PP, TP), lora=True, recompute="full"),
     Cell("pp2-tp2-compile", 4, (PP, TP), compile="aot_eager"),
     Cell("replicate2-tp2-nosp-lora-untied", 4, (REPLICATE, TP, NO_SP), lora=True, tied=False),
     Cell("pp4", 4, (("pp", 4),)),
-    Cell("hsdp2x2-tp2", 8, (REPLICATE, TP)),
+    Cell("hsdp2x2-tp2", 8, (REPLICATE, TP), num_batches=8),
     Cell("pp2-hsdp2x2", 8, (PP, REPLICATE), num_batches=8),
     Cell("pp2-replicate2-tp2", 8, (PP, REPLICATE, TP, ("dp_shard", 1)), recompute="full"),
     Cell("pp2-fsdp2-tp2-nosp-untied", 8, (PP, TP, NO_SP), tied=False),
     Cell("pp2-hsdp2x2-tp2", 16, (PP, REPLICATE, TP), num_batches=8),
-    *(
-        Cell(f"{layout}-{family}", world, parallel, family=family)
-        for layout, world, parallel in (("pp2-tp2", 4, (PP, TP)), ("pp2-fsdp2-tp2", 8, (PP, TP)))
-        for family in ("qwen3", "gemma3", "phi3")
-    ),
     *MORE_SCHEDULES,
+    *MORE_FAMILIES,
 )
+CELLS = (*LAYOUTS, *SCHEDULES, *FAMILIES, *(replace(cell, full=True) for cell in MORE_LAYOUTS))
 
 
-@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
-@pytest.mark.parametrize("cell", LAYOUTS + SCHEDULES, ids=lambda c: c.name)
+@pytest.mark.parametrize("cell, dtype", runs(CELLS))
 def test_axes_together_equal_one_process(cell: Cell, dtype: str):
     """Loss of five steps, every gradient, every weight after five steps, and the validation loss."""
-    compare(cell, dtype, run_pooled(run_cell, cell.world, cell, dtype))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
-@pytest.mark.parametrize("cell", MORE_LAYOUTS, ids=lambda c: c.name)
-def test_more_layouts_equal_one_process(cell: Cell, dtype: str):
-    """The same for the rest of the matrix."""
-    compare(cell, dtype, run_pooled(run_cell, cell.world, cell, dtype))
+    compare(cell, dtype, run_pooled(run_cell, cell.world, cell, dtype, timeout=200))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import mesh_of, run_pooled
 from tests.helpers.tiny import VOCAB, global_steps, of_rank, tiny_llama
 from torchft.losses.cross_entropy import CrossEntropy
 from torchft.models.decoder import build_decoder
@@ -11,7 +11,7 @@ from torchft.models.init import init_weights
 from torchft.parallel.apply import parallelize
 from torchft.parallel.fsdp import PrecisionConfig
 from torchft.parallel.ledger import Ledger
-from torchft.parallel.mesh import FsdpConfig, ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.mesh import FsdpConfig, ParallelConfig
 from torchft.parallel.pp import build_stages
 from torchft.train.step import NonFinite, train_step
 
@@ -21,7 +21,7 @@ LAYERS, B, T, D, ITEM = 3, 2, 32, 32, 4
 def lines(degrees: dict, tied: bool = True) -> dict[tuple[str, str], tuple[int, int]]:
     """Count and bytes by axis and operation in one step of two micro-batches a data rank of two (four a step)."""
     spec, cfg = tiny_llama(num_layers=LAYERS, tied=tied), ParallelConfig(**degrees)
-    mesh = build_mesh(resolve_degrees(cfg, 2), torch.device("cpu"))
+    mesh = mesh_of(cfg, 2)
     parts = parallelize(build_stages(spec, mesh, torch.float32), mesh, cfg, precision=PrecisionConfig())
     init_weights(parts.named_parameters(copies=True), spec, seed=2)
     optimizer = torch.optim.AdamW([p for _, p in parts.named_parameters(copies=True)], lr=1e-3)
@@ -58,7 +58,7 @@ def test_fully_sharded(reshard: bool, every: bool):
     fsdp = FsdpConfig(reshard_after_forward=reshard, sync_every_micro_batch=every)
     block, rest = sizes()
     n, times, reduced = 2, 2 if reshard else 1, 2 if every else 1
-    for seen in run_dist(lines, 2, {"fsdp": fsdp}):
+    for seen in run_pooled(lines, 2, {"fsdp": fsdp}):
         assert of(seen, "fsdp", "gather") == (n * (times * LAYERS + 1), n * (times * LAYERS * block + rest))
         assert of(seen, "fsdp", "reduce_scatter") == (reduced * (LAYERS + 1), reduced * (LAYERS * block + rest))
 
@@ -66,10 +66,13 @@ def test_fully_sharded(reshard: bool, every: bool):
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_tensor_parallel(sequence_parallel: bool):
     """n micro-batches of (b, t, d) = S bytes: with sequence parallelism 4 L + 2 gathers and as many reduce-scatters of S, forward and
-    backward; without it one all-reduce of S in the place of each such pair."""
+    backward, and one small all-reduce a step of each norm's gradient; without it one all-reduce of S in the place of each such pair.
+    The loss all-reduces twice a micro-batch either way: the largest logit, and the sums."""
     n, stream = 4, B * T * D * ITEM
-    for seen in run_dist(lines, 2, {"tp": 2, "sequence_parallel": sequence_parallel}):
+    for seen in run_pooled(lines, 2, {"tp": 2, "sequence_parallel": sequence_parallel}):
+        assert of(seen, "tp", "allreduce_")[0] == 2 * n + 1, seen  # and the norm: the two ranks are the world
         if sequence_parallel:
+            assert of(seen, "tp", "all_reduce")[0] == 2 * LAYERS + 1, seen
             assert of(seen, "tp", "gather") == (n * (4 * LAYERS + 2), n * (4 * LAYERS + 2) * stream)
             assert of(seen, "tp", "reduce_scatter") == (n * (4 * LAYERS + 2), n * (4 * LAYERS + 2) * stream)
         else:
@@ -81,6 +84,6 @@ def test_pipeline():
     """n micro-batches over two stages: each rank sends n streams of S bytes; the tied embedding's gradient is added up once, and so is
     the norm's square, 8 bytes: the two stages are the world."""
     n, stream = 4, B * T * D * ITEM
-    for seen in run_dist(lines, 2, {"pp": 2}):
+    for seen in run_pooled(lines, 2, {"pp": 2}):
         assert of(seen, "pp", "send") == (n, n * stream)
         assert of(seen, "pp", "allreduce_") == (2, VOCAB * D * ITEM + 8), seen

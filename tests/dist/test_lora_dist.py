@@ -1,4 +1,7 @@
-"""LoRA, DoRA and DoRA from PiSSA's start on every layout: five steps of training equal one process's, gradients and weights, in fp64 and fp32."""
+"""LoRA, DoRA and DoRA from PiSSA's start on every layout: five steps of training equal one process's, gradients and weights.
+
+`make test` runs one layout of each axis and dp x tp in fp64; all the rest is of `make test-full`.
+"""
 
 from functools import cache
 
@@ -7,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.dist.test_quant_dist import NF4, SPEC, fill, originals
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import mesh_of, run_pooled
 from tests.helpers.tiny import global_steps, of_rank, relative_error, tiny_llama
 from torchft.batch import Batch
 from torchft.dtypes import DTYPES
@@ -16,7 +19,7 @@ from torchft.models.init import fill_blocks, init_weights
 from torchft.parallel.apply import parallelize
 from torchft.parallel.compile import CompileConfig
 from torchft.parallel.fsdp import PrecisionConfig
-from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.mesh import ParallelConfig
 from torchft.parallel.parts import Parts
 from torchft.parallel.pp import build_stages
 from torchft.parallel.recompute import MemoryConfig
@@ -27,7 +30,8 @@ from torchft.train.step import NonFinite, train_step
 
 SEED = 3
 KINDS = {"lora": {}, "dora": {"dora": True}, "pissa-dora": {"init": "pissa", "dora": True}}
-RUNS = [("lora", "fp64"), ("lora", "fp32"), ("dora", "fp64"), ("dora", "fp32"), ("pissa-dora", "fp64")]
+RUNS = [("lora", "fp64"), ("dora", "fp64"), ("pissa-dora", "fp64"), ("lora", "fp32"), ("dora", "fp32")]
+IN_MAKE_TEST = {"dp_shard2": RUNS[:3], "tp2": RUNS[:3], "pp2": RUNS[:3], "dp2-tp2": RUNS[1:2]}
 LAYOUTS = {
     "dp_shard2": (2, {}),
     "dp_replicate2": (2, {"dp_replicate": 2, "dp_shard": 1}),
@@ -48,9 +52,9 @@ def train(
 ) -> tuple[dict, dict, list[float]]:
     """Gradients of the first step, weights after the fifth, losses."""
     torch.compiler.reset()  # each run compiles the same code for another model
-    spec = SPEC if quant else tiny_llama(qkv_bias=True)
+    spec = SPEC if quant else tiny_llama(num_layers=2, qkv_bias=True)
     cfg, lora = ParallelConfig(**parallel), LoraConfig(rank=4, **KINDS[kind])
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
+    mesh = mesh_of(cfg, world)
     modules = build_stages(spec, mesh, DTYPES[dtype])
     if quant:
         apply_quant(modules, NF4)
@@ -98,18 +102,26 @@ def alone(kind: str, dtype: str, quant: bool = False):
     return train(1, {}, kind, dtype, quant=quant)
 
 
-def all_kinds(world: int, parallel: dict, wrapped: bool) -> dict:
-    return {(kind, dtype): train(world, parallel, kind, dtype, wrapped=wrapped) for kind, dtype in RUNS}
+def each_of(runs: list[tuple[str, str]], world: int, parallel: dict, wrapped: bool) -> dict:
+    return {(kind, dtype): train(world, parallel, kind, dtype, wrapped=wrapped) for kind, dtype in runs}
 
 
-FULL = pytest.mark.full  # of `make test-full`: what the others are made of, and what compiles each model anew
-
-
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=FULL if world == 8 or "compile" in name else ()) for name, (world, _) in LAYOUTS.items()])
+@pytest.mark.parametrize("layout", IN_MAKE_TEST)
 def test_layouts_equal_one_process(layout: str) -> None:
-    """Every gradient of step 1, every adapter weight after step 5 and every loss: fp64 to 1e-9, fp32 to 1e-5."""
+    """Every gradient of step 1, every adapter weight after step 5 and every loss, fp64 to 1e-9."""
+    check(layout, IN_MAKE_TEST[layout])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_one_process(layout: str) -> None:
+    """The same on all layouts, fp32 to 1e-5."""
+    check(layout, [run for run in RUNS if run not in IN_MAKE_TEST.get(layout, [])])
+
+
+def check(layout: str, runs: list[tuple[str, str]]) -> None:
     world, parallel = LAYOUTS[layout]
-    ranks = run_dist(all_kinds, world, world, parallel, "recompute" in layout, timeout=180)
+    ranks = run_pooled(each_of, world, runs, world, parallel, "recompute" in layout, timeout=180)
     for kind, dtype in ranks[0]:
         compare([rank[kind, dtype] for rank in ranks], alone(kind, dtype), dtype, f"{kind} {dtype}")
 
@@ -126,12 +138,15 @@ def compare(ranks: list, want: tuple[dict, dict, list[float]], dtype: str, name:
     assert seen == want[1].keys()
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"pp": 2}], ids=["dp2", "tp2", "pp2"])
-def test_quantised_bases(parallel: dict) -> None:
+FULL = pytest.mark.full
+BASES = [({"tp": 2}, "pissa-dora"), *(pytest.param(p, k, marks=FULL) for p in ({}, {"pp": 2}) for k in ("dora", "pissa-dora"))]
+
+
+@pytest.mark.parametrize("parallel, kind", [*BASES, pytest.param({"tp": 2}, "dora", marks=FULL)])
+def test_quantised_bases(parallel: dict, kind: str) -> None:
     """DoRA's norm and PiSSA's start over an NF4 base, which no rank holds whole."""
-    for kind in ("dora", "pissa-dora"):
-        ranks = run_dist(quantised, 2, parallel, kind)
-        compare(ranks, alone(kind, "fp64", quant=True), "fp64", kind)
+    ranks = run_pooled(quantised, 2, parallel, kind)
+    compare(ranks, alone(kind, "fp64", quant=True), "fp64", kind)
 
 
 def quantised(parallel: dict, kind: str):

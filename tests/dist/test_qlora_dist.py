@@ -7,7 +7,7 @@ import torch
 
 from tests.dist.test_contract import adamw, full, seed_adapters
 from tests.dist.test_quant_dist import NF4, SPEC, fill, originals
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import mesh_of, run_pooled
 from tests.helpers.tiny import global_steps, of_rank, relative_error
 from torchft.dtypes import DTYPES
 from torchft.losses.cross_entropy import CrossEntropy
@@ -15,7 +15,7 @@ from torchft.models.decoder import build_decoder
 from torchft.models.init import init_weights
 from torchft.parallel.apply import parallelize
 from torchft.parallel.fsdp import PrecisionConfig
-from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.mesh import ParallelConfig
 from torchft.parallel.pp import build_stages
 from torchft.peft.lora import LoraConfig, apply_lora
 from torchft.quant.swap import apply_quant, quantised_modules
@@ -27,7 +27,7 @@ LAYOUTS = {"dp2": (2, {}), "tp2": (2, {"tp": 2}), "dp2-tp2": (4, {"tp": 2}), "pp
 def train(world: int, parallel: dict, dtype: str, compute: str | None):
     """One rank's losses, gradients of step 1 and weights after step 3."""
     cfg, precision = ParallelConfig(**parallel), PrecisionConfig(params=dtype, compute=compute)
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"), mixed=precision.is_mixed)
+    mesh = mesh_of(cfg, world, mixed=precision.is_mixed)
     modules = build_stages(SPEC, mesh, DTYPES[dtype], "auto")
     apply_quant(modules, NF4)
     apply_lora(modules, LoraConfig(rank=3))
@@ -83,14 +83,14 @@ def reference(dtype: str):
     return losses, grads, {n: p.detach() for n, p in trained.items()}
 
 
-@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@pytest.mark.parametrize("dtype", ["fp64", pytest.param("fp32", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_qlora_on_layouts_equals_one_process(name: str, dtype: str):
     """Losses, every adapter's gradient and weight: fp64 within 1e-9, fp32 within 1e-5 of one bare process over the dense values."""
     world, parallel = LAYOUTS[name]
     want_losses, want_grads, want_weights = reference(dtype)
     tolerance, seen = {"fp64": 1e-9, "fp32": 1e-5}[dtype], set()
-    for losses, grads, weights in run_dist(train, world, world, parallel, dtype, None):
+    for losses, grads, weights in run_pooled(train, world, world, parallel, dtype, None):
         assert all(abs(got - want) <= tolerance * want for got, want in zip(losses, want_losses, strict=True))
         for n in grads:
             assert relative_error(grads[n], want_grads[n]) <= tolerance, f"gradient of {n}"
@@ -99,11 +99,12 @@ def test_qlora_on_layouts_equals_one_process(name: str, dtype: str):
     assert seen == want_grads.keys()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["dp2", "tp2", "dp2-tp2"])
 def test_qlora_in_bf16_stays_near(name: str):
     """bf16 compute under fp32 adapters: losses of three steps within 1e-3 of the fp32 reference."""
     world, parallel = LAYOUTS[name]
     want, _, _ = reference("fp32")
-    for losses, _, weights in run_dist(train, world, world, parallel, "fp32", "bf16"):
+    for losses, _, weights in run_pooled(train, world, world, parallel, "fp32", "bf16"):
         assert all(abs(got - expected) <= 1e-3 * expected for got, expected in zip(losses, want, strict=True)), (losses, want)
         assert all(w.dtype == torch.float32 for w in weights.values())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.dist.test_contract import full
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import mesh_of, run_dist, run_pooled
 from tests.helpers.tiny import global_steps, of_rank, relative_error, tiny_llama
 from torchft.dtypes import DTYPES
 from torchft.errors import ConfigError
@@ -78,7 +78,7 @@ def freeze_matrices(modules) -> None:
 def run_cell(cell: Cell, dtype: str):
     """One rank: loss and gradients of one step of accumulated micro-batches."""
     cfg = ParallelConfig(**dict(cell.parallel))
-    mesh = build_mesh(resolve_degrees(cfg, cell.world), torch.device("cpu"))
+    mesh = mesh_of(cfg, cell.world)
     modules = build_stages(SPEC, mesh, DTYPES[dtype], "auto")
     apply_quant(modules, cell.quant)
     freeze_matrices(modules)
@@ -117,11 +117,18 @@ def reference(quant: QuantConfig, dtype: str):
     return (total / count).item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
-@pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)
+FP32 = ("fsdp2", "tp2-sp")  # in `make test` too
+RUNS = [
+    pytest.param(cell, dtype, id=f"{cell.name}-{dtype}", marks=pytest.mark.full if cell.compile or dtype == "fp32" and cell.name not in FP32 else ())
+    for cell in CELLS
+    for dtype in ("fp64", "fp32")
+]
+
+
+@pytest.mark.parametrize("cell, dtype", RUNS)
 def test_layout_equals_the_dense_values_on_one_process(cell: Cell, dtype: str):
     """Loss and every gradient: fp64 within 1e-9 up to the fp32 rounding of the values themselves, fp32 within 1e-5."""
-    ranks = [run_cell(cell, dtype)] if cell.world == 1 else run_dist(run_cell, cell.world, cell, dtype)
+    ranks = [run_cell(cell, dtype)] if cell.world == 1 else run_pooled(run_cell, cell.world, cell, dtype)
     loss, grads = reference(cell.quant, dtype)
     tolerance, seen = {"fp64": 1e-9, "fp32": 1e-5}[dtype], set()
     for got, got_grads in ranks:
@@ -135,7 +142,7 @@ def test_layout_equals_the_dense_values_on_one_process(cell: Cell, dtype: str):
 def mixed(world: int, parallel: dict):
     """bf16 compute over packed fp32 scales: the loss of one step."""
     cfg = ParallelConfig(**parallel)
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"), mixed=True)
+    mesh = mesh_of(cfg, world, mixed=True)
     modules = build_stages(SPEC, mesh, torch.float32, "auto")
     apply_quant(modules, NF4)
     freeze_matrices(modules)
@@ -160,7 +167,7 @@ def test_mixed_precision_leaves_scales_alone_and_the_loss_near():
     holder.to_empty(device="cpu")
     fill(holder, originals())
     for world, parallel in ((2, {}), (4, {"tp": 2})):
-        for got, (absmax, kind, scales) in run_dist(mixed, world, world, parallel):
+        for got, (absmax, kind, scales) in run_pooled(mixed, world, world, parallel):
             assert absmax == torch.uint8 and kind == torch.int32
             assert torch.equal(scales, holder.layers["0"].mlp.gate_proj.scales)
             assert abs(got - loss) <= 1e-3 * loss

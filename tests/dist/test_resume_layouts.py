@@ -11,7 +11,7 @@ import torch
 
 from tests.dist.test_contract import full
 from tests.helpers.caches import make_cache
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import mesh_of, run_pooled
 from tests.helpers.tiny import VOCAB, relative_error, tiny_llama, uneven
 from torchft.checkpoint.store import CheckpointConfig, Store
 from torchft.data.loader import Loader
@@ -22,7 +22,7 @@ from torchft.models.init import init_weights
 from torchft.optim.build import OptimConfig, build_optimizer
 from torchft.parallel.apply import parallelize
 from torchft.parallel.fsdp import PrecisionConfig
-from torchft.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from torchft.parallel.mesh import ParallelConfig
 from torchft.parallel.pp import build_stages
 from torchft.train.step import NonFinite, train_step
 
@@ -45,7 +45,7 @@ class Job:
     def __init__(self, layout: str, dtype: str, folder: Path, seed: int):
         world, degrees = LAYOUTS[layout]
         cfg, spec = ParallelConfig(**degrees), uneven(tiny_llama(num_layers=2))
-        mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
+        mesh = mesh_of(cfg, world)
         self.parts = parallelize(build_stages(spec, mesh, DTYPES[dtype]), mesh, cfg, precision=PrecisionConfig(params=dtype))
         init_weights(self.parts.named_parameters(copies=True), spec, seed)
         self.optimizer = build_optimizer(self.parts.named_parameters(copies=True), OptimConfig(lr=1e-3, eps=1e-6))
@@ -102,7 +102,7 @@ def straight(dtype: str) -> tuple:
 
 def on(layout: str, fn, *args) -> list:
     world = LAYOUTS[layout][0]
-    return [fn(layout, *args)] if world == 1 else run_dist(fn, world, layout, *args)
+    return [fn(layout, *args)] if world == 1 else run_pooled(fn, world, layout, *args)
 
 
 def check(saved: str, loaded: str, folder: Path, *dtypes: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.dist.test_families_dist import loss_and_gradients
-from tests.helpers.dist import run_dist
+from tests.helpers.dist import mesh_of, run_pooled
 from tests.helpers.tiny import global_steps, tiny_llama
 from torchft.checkpoint.assets import Assets
 from torchft.checkpoint.hf import load_hf, save_hf
@@ -14,7 +14,7 @@ from torchft.models.init import init_weights
 from torchft.models.vocabulary import VocabConfig, resize_spec
 from torchft.parallel.apply import parallelize
 from torchft.parallel.fsdp import PrecisionConfig
-from torchft.parallel.mesh import ParallelConfig, build_mesh, check_degrees, resolve_degrees
+from torchft.parallel.mesh import ParallelConfig, check_degrees, resolve_degrees
 from torchft.parallel.pp import build_stages
 
 BASE_SIZE = tiny_llama().vocab_size
@@ -25,7 +25,7 @@ LAYOUTS = {"fsdp2": (2, {}), "tp2": (2, {"tp": 2}), "tp2 x fsdp2": (4, {"tp": 2}
 def load_step_save(source, target, world: int, degrees: dict, tied: bool):
     base = tiny_llama(tied=tied)
     spec, cfg = resize_spec(base, VOCAB), ParallelConfig(**degrees)
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
+    mesh = mesh_of(cfg, world)
     parts = parallelize(build_stages(spec, mesh, torch.float64), mesh, cfg, precision=PrecisionConfig(params="fp64"))
     load_hf(source, spec, parts.named_parameters(copies=True), new_rows=NewRows(base, 5, VOCAB.noise))
     save_hf(target, spec, parts.named_parameters(), Assets())
@@ -60,7 +60,7 @@ def test_layout_equals_one_process(tmp_path, layout, tied):
     save_hf(tmp_path / "base", base, first.named_parameters(), Assets())
     model, total, want = reference(tmp_path / "base", tied)
     save_hf(tmp_path / "want", model.spec, model.named_parameters(), Assets())
-    for loss, grads in run_dist(load_step_save, world, tmp_path / "base", tmp_path / "got", world, degrees, tied):
+    for loss, grads in run_pooled(load_step_save, world, tmp_path / "base", tmp_path / "got", world, degrees, tied):
         assert abs(loss - total) <= 1e-9 * abs(total)
         for name, grad in grads.items():
             rows = len(want[name])

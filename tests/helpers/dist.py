@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.pipelining
 import torch.distributed.tensor.parallel
+
+from torchft.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 
 _POOLS: dict[int, "Pool"] = {}
 
@@ -30,6 +33,16 @@ def run_pooled(fn: Callable, world_size: int, *args: Any, timeout: float = 100) 
     results = pool.run(fn, args, timeout)
     _POOLS[world_size] = pool
     return results
+
+
+def mesh_of(cfg: ParallelConfig, world: int, *, device: str = "cpu", mixed: bool = False) -> Mesh:
+    """The layout's mesh, built once a process: ranks that stay keep its groups."""
+    return _mesh(tuple(resolve_degrees(cfg, world).items()), device, mixed)
+
+
+@cache
+def _mesh(degrees: tuple[tuple[str, int], ...], device: str, mixed: bool) -> Mesh:
+    return build_mesh(dict(degrees), torch.device(device), mixed=mixed)
 
 
 class Pool:

@@ -18,8 +18,7 @@ ORDER = ("", "full", "yes")  # a later one wins
 def cells() -> list[tuple]:
     """(cell, the mark it gets): yes in `make test`, full in `make test-full` alone."""
     contract, layouts = (importlib.import_module(f"tests.dist.{name}") for name in ("test_contract", "test_layouts"))
-    run = [*contract.CELLS, *contract.FLEX_CELLS, *layouts.LAYOUTS]
-    return [*((cell, "yes") for cell in run), *((cell, "full") for cell in layouts.MORE_LAYOUTS)]
+    return [(cell, "full" if cell.full else "yes") for cell in (*contract.CELLS, *contract.FLEX_CELLS, *layouts.CELLS)]
 
 
 def layout_of(world: int, parallel: dict) -> str:
@@ -32,9 +31,7 @@ def layout_of(world: int, parallel: dict) -> str:
 
 def features_of(cell) -> set[str]:
     """The columns a cell fills."""
-    if cell.family:
-        return {"families"}
-    found = {"tied head" if cell.tied else "untied"}
+    found = {"families" if cell.family else "tied head" if cell.tied else "untied"}
     flags = {"LoRA": cell.lora, "recompute": cell.recompute != "none", "compile": cell.compile}
     return found | {name for name, on in flags.items() if on}
 

@@ -11,7 +11,7 @@ from tests.helpers.tiny import tiny_llama
 from torchft.dist import init_world
 from torchft.errors import ConfigError
 from torchft.models.decoder import build_decoder
-from torchft.parallel.apply import check_split_backward, parallelize
+from torchft.parallel.apply import check_options, parallelize
 from torchft.parallel.compile import CompileConfig
 from torchft.parallel.fsdp import PrecisionConfig
 from torchft.parallel.mesh import Mesh, ParallelConfig, build_mesh, check_degrees, resolve_degrees
@@ -88,11 +88,11 @@ def test_what_a_split_backward_does_not_go_with():
     compiled, selective = CompileConfig(enabled=True), MemoryConfig(recompute="selective")
     for schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"):
         cfg = ParallelConfig(pp=2, schedule=schedule)
-        text = "\n".join(map(str, check_split_backward(two, cfg, selective, compiled)))
+        text = "\n".join(map(str, check_options(two, cfg, selective, compiled)))
         assert text.count("parallel.schedule") == 2 and "1f1b" in text and "compile.enabled=false" in text and "recompute=full" in text
-        assert not list(check_split_backward(one, cfg, selective, compiled))
-        assert not list(check_split_backward(two, cfg, MemoryConfig(recompute="full"), CompileConfig()))
-    assert not list(check_split_backward(two, ParallelConfig(pp=2), selective, compiled))
+        assert not list(check_options(one, cfg, selective, compiled))
+        assert not list(check_options(two, cfg, MemoryConfig(recompute="full"), CompileConfig()))
+    assert not list(check_options(two, ParallelConfig(pp=2), selective, compiled))
 
 
 def test_stages_against_layers():

@@ -11,7 +11,7 @@ import torch
 
 from torchft.errors import ConfigError, Problem
 from torchft.models.decoder import Decoder
-from torchft.parallel.compile import CompileConfig, apply_compile
+from torchft.parallel.compile import CompileConfig, apply_compile, check_async_tp
 from torchft.parallel.fsdp import PrecisionConfig, apply_fsdp
 from torchft.parallel.mesh import Mesh, ParallelConfig, check_degrees
 from torchft.parallel.parts import Parts
@@ -35,7 +35,7 @@ def parallelize(
     Raises ConfigError for a layout that the model does not allow or that no test covers.
     """
     precision, memory, compile = precision or PrecisionConfig(), memory or MemoryConfig(), compile or CompileConfig()
-    problems = [*check_degrees(mesh.degrees, modules[0].spec, parallel), *check_split_backward(mesh, parallel, memory, compile)]
+    problems = [*check_degrees(mesh.degrees, modules[0].spec, parallel), *check_options(mesh, parallel, memory, compile)]
     if problems:
         raise ConfigError(problems)
     needs_mesh = precision.is_mixed or parallel.fsdp.cpu_offload
@@ -46,7 +46,7 @@ def parallelize(
         if mesh.degrees["tp"] > 1:
             apply_tp(module, mesh.axis("tp"), sequence_parallel=parallel.sequence_parallel)
         apply_recompute(module, memory)
-        apply_compile(module, compile)
+        apply_compile(module, compile, mesh.group("tp") if parallel.async_tp else None)
         if mesh.device_mesh is not None:
             apply_fsdp(
                 module, mesh, precision, parallel.fsdp, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard
@@ -57,8 +57,10 @@ def parallelize(
     return Parts(list(modules), mesh, _over_stages(trainable, mesh), pipeline, parallel.fsdp.sync_every_micro_batch, tokens_over)
 
 
-def check_split_backward(mesh: Mesh, parallel: ParallelConfig, memory: MemoryConfig, compile: CompileConfig) -> Iterator[Problem]:
-    """What does not go with a pipeline schedule that runs the backward in two parts."""
+def check_options(mesh: Mesh, parallel: ParallelConfig, memory: MemoryConfig, compile: CompileConfig) -> Iterator[Problem]:
+    """Options that do not go together: asynchronous tp without its needs, a schedule that runs the backward in two parts with what
+    needs it whole."""
+    yield from check_async_tp(mesh, parallel, compile)
     if mesh.degrees["pp"] == 1 or not SCHEDULES[parallel.schedule].splits_backward:
         return
     whole = ", ".join(name for name, schedule in SCHEDULES.items() if not schedule.splits_backward)

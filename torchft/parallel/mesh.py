@@ -49,6 +49,7 @@ class ParallelConfig:
     pp_stages_per_rank: int = 2  # stages on each rank under the interleaved schedules (zbv and dualpipev have 2, the others 1)
     pp_split: list[int] = field(default_factory=list)  # layers of each stage by hand; empty: by cost, the head counted
     sequence_parallel: bool = True  # under tp, shard the tokens between blocks (memory); the numbers are the same
+    async_tp: bool = False  # CUDA, compiled blocks: overlap the gathers and reductions of tp with the products beside them
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)  # options of FSDP2
     timeout_s: float = 600.0  # a collective that takes longer ends the run
     step_timeout_s: float = 300.0  # the same in a training step after the first, where all ranks should keep pace

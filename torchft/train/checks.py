@@ -9,7 +9,7 @@ from torchft.log import get_logger
 from torchft.models.layers.attend import check_core
 from torchft.models.spec import ModelSpec
 from torchft.optim.build import check_rules
-from torchft.parallel.apply import check_split_backward
+from torchft.parallel.apply import check_options
 from torchft.parallel.mesh import Mesh, check_degrees
 from torchft.parallel.schedules import fits, legal_counts
 from torchft.train.adapter import adapter_names, check_adapter
@@ -24,7 +24,7 @@ PURE_BF16_LR = 1e-4  # at 1e-5 AdamW moves only a sixth of what it should: a bf1
 def check_job(cfg, spec: ModelSpec, mesh: Mesh) -> Iterator[Problem]:
     """Every problem of this config with this model on these processes."""
     yield from check_degrees(mesh.degrees, spec, cfg.parallel)
-    yield from check_split_backward(mesh, cfg.parallel, cfg.memory, cfg.compile)
+    yield from check_options(mesh, cfg.parallel, cfg.memory, cfg.compile)
     yield from check_core(cfg.model.attention, spec.attention, mesh.device.type, cfg.precision.compute_dtype)
     yield from _check_lengths(cfg, spec, mesh)
     yield from _check_batches(cfg, mesh)
