@@ -9,8 +9,12 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
-settings.register_profile("torchft", deadline=None, derandomize=True)
-settings.load_profile("torchft")
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=15)
+settings.register_profile("full", deadline=None, derandomize=True, max_examples=100)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("quick" if config.option.markexpr == "not full" else "full")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tests.helpers.caches import ListRecords, make_encoded, make_key
 from tests.helpers.dist import run_dist
-from torchft.data.cache import build_cache
+from torchft.data.cache_build import build_cache
 from torchft.errors import DataError
 
 

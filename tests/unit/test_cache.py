@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.caches import ListRecords, make_encoded, make_key
 from torchft.data import shared_build
-from torchft.data.cache import build_cache
+from torchft.data.cache_build import build_cache
 from torchft.data.encoding import BATCH_TEXT
 from torchft.data.prefetch import map_ahead
 from torchft.data.sources import SourceConfig, open_records

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.caches import make_encoded
@@ -82,7 +82,6 @@ def test_plain_causal_means_one_document_a_row():
 
 
 @given(st.lists(st.lists(st.integers(2, 9), max_size=4), min_size=1, max_size=4))
-@settings(max_examples=80, deadline=None)
 def test_packed_equals_separate(lengths):
     """Cut at its documents, a packed row gives the very tokens, labels, weights and positions of each sample alone in its row; and
     the host's counts are those of the tensors."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torchft.config.load import load_config
@@ -399,7 +399,6 @@ def test_secrets_set_in_code_are_redacted_when_written():
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="\x85\u2028\u2029\ufeff"), max_size=12)
 
 
-@settings(max_examples=40)
 @given(
     run_name=texts,
     lr=st.floats(1e-12, 1e12),

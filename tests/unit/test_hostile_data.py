@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torchft.data.files import MAX_RECORD
@@ -96,7 +96,6 @@ JSON = st.recursive(
     st.booleans(),
     st.integers(5, 60),
 )
-@settings(max_examples=60, deadline=None)
 def test_any_records_as_lines_and_as_an_array(tmp_path_factory, rows, indent, ascii_, chunk):
     """Whatever the records and wherever the pieces end in which a file is read: lines and array give them all back, from any number on."""
     folder = tmp_path_factory.mktemp("any")
@@ -111,7 +110,6 @@ def test_any_records_as_lines_and_as_an_array(tmp_path_factory, rows, indent, as
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=300, deadline=None)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt.gz"])
 def test_any_bytes(tmp_path_factory, name, data):
     """Bytes at random are records or a DataError, never another error."""

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.caches import make_cache
@@ -82,7 +82,6 @@ SPLITS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2), (1, 6), (6, 1)
     window=st.sampled_from([1, 3, 8, 100]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
 def test_order_depends_on_neither_ranks_nor_micro_batches(lengths, split, packing, shuffle, window, seed):
     """The samples of each step, over two epochs and their boundary, are equal for any (dp_size, micro_batch_size); in each epoch every
     sample comes exactly once."""
@@ -103,7 +102,6 @@ def test_order_depends_on_neither_ranks_nor_micro_batches(lengths, split, packin
     packing=st.booleans(),
     workers=st.integers(0, 4),
 )
-@settings(max_examples=25, deadline=None)
 def test_any_stops_and_world_sizes_keep_the_order(stops, worlds, packing, workers):
     """Stopped up to five times at any points over three epochs and resumed on 1, 2 or 3 ranks with any number of workers, the run's
     steps are those of a run without a stop, the second resume and the epoch's end included."""

@@ -10,7 +10,7 @@ CHAT = [Message(role, role) for role in ("system", "user", "assistant", "tool", 
 
 
 def trained(messages, **masks):
-    return [i for i, m in enumerate(apply_masks(messages, MaskConfig(**masks), "x")) if m.train]
+    return [i for i, m in enumerate(apply_masks(messages, MaskConfig(**masks), "x")) if m.is_trained]
 
 
 def test_rules():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.caches import make_cache
@@ -49,7 +49,6 @@ sizes_and_weights = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), m
 
 
 @given(case=sizes_and_weights, window=st.sampled_from([1, 5, 64]), shuffle=st.booleans(), mode=st.sampled_from(MODES))
-@settings(max_examples=120, deadline=None)
 def test_what_an_epoch_takes(case, window, shuffle, mode):
     """concat and no_repeats: every sample once. first_exhausted: one source whole, none over its share. all_exhausted: each at least
     whole, in its share. No sample comes a second time before its source has been through."""
@@ -71,7 +70,6 @@ def test_what_an_epoch_takes(case, window, shuffle, mode):
 
 
 @given(case=sizes_and_weights, mode=st.sampled_from(MODES), amounts=st.lists(st.integers(1, 40), min_size=4, max_size=4))
-@settings(max_examples=80, deadline=None)
 def test_passes_go_on_over_epochs(case, mode, amounts):
     """What an epoch leaves of a source comes in the next ones before anything of it comes again: over three epochs the counts of a
     source's samples differ by one at most."""
@@ -198,7 +196,6 @@ def run(loader_of, count: int, world: int, state: dict | None) -> tuple[list[Cou
     worlds=st.lists(st.sampled_from([1, 2, 3]), min_size=6, max_size=6),
     workers=st.lists(st.integers(0, 4), min_size=6, max_size=6),
 )
-@settings(max_examples=60, deadline=None)
 def test_any_stops_worlds_and_workers_keep_the_order(mode, kind, stops, worlds, workers):
     """Every mixture with every way of making rows: stopped up to five times over three epochs, resumed on 1, 2 or 3 ranks with 0 to 4
     workers, the samples of each step and the final state are those of one run without a stop."""
@@ -260,7 +257,6 @@ def test_group_by_length_pads_less_and_keeps_all():
 
 
 @given(n=st.integers(1, 40), size=st.integers(1, 9), before=st.integers(0, 50), last=st.booleans(), seed=st.none() | st.integers(0, 9))
-@settings(max_examples=100, deadline=None)
 def test_groups_hold_every_row_once(n, size, before, last, seed):
     """Each position once; rows of one step lie side by side in length: no other row's length is strictly between theirs."""
     lengths = np.random.default_rng(n).integers(1, 99, n)

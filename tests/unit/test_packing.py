@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.caches import make_cache, make_key
@@ -13,7 +13,6 @@ from torchft.data.packing import permute, plan_window
 
 
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**40), epoch=st.integers(0, 50))
-@settings(max_examples=60, deadline=None)
 def test_permutation_is_a_bijection(n, seed, epoch):
     """Every sample stands at exactly one position, for any n, seed and epoch."""
     assert np.array_equal(np.sort(permute(np.arange(n), n, seed=seed, epoch=epoch)), np.arange(n))
@@ -47,7 +46,6 @@ def test_permutation_depends_on_seed_and_epoch():
 
 
 @given(st.integers(4, 64).flatmap(lambda t: st.tuples(st.just(t), st.lists(st.integers(1, t), max_size=80))))
-@settings(max_examples=150, deadline=None)
 def test_packs_hold_every_sample_once_and_fit(case):
     """Whole samples only, each once, no pack over seq_len; positions rise inside a pack; and no two packs could be one."""
     seq_len, lengths = case
@@ -93,7 +91,6 @@ def test_order_of_packs_favours_no_length():
     packing=st.booleans(),
     split=st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 3)]),
 )
-@settings(max_examples=60, deadline=None)
 def test_pairs_are_never_split(sides, packing, split):
     """Both sides of a pair stand in one row, one behind the other, on any number of ranks; each pair comes once an epoch."""
     dp_size, micro_batch_size = split

@@ -197,9 +197,9 @@ def test_a_million_of_one_character(ours, character, tmp_path):
     text = "a" + character * (1_000_000 // len(character.encode()))
     tokenizers = {name: ours[name] for name in ("llama3", "qwen", "tekken")} | {name: load_tokenizer(path) for name, path in more.items()}
     for name, tokenizer in tokenizers.items():
-        began = time.monotonic()
+        began = time.process_time()  # of this process: the machine may be busy
         ids = tokenizer.encode(text)
-        assert time.monotonic() - began < 20, name
+        assert time.process_time() - began < 20, name
         assert tokenizer.decode(ids) == (unicodedata.normalize("NFC", text) if name == "qwen" else text), name
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.caches import make_cache
@@ -64,7 +64,6 @@ def steps_by_ranks(count: int, *, dp_size: int = 1, state: dict | None = None, *
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.data())
-@settings(max_examples=100, deadline=None)
 def test_cut_is_a_slice(lengths, data):
     """cut(lengths, start, count) names exactly the tokens start..start + count of the documents laid end to end."""
     stream = [(i, j) for i, n in enumerate(lengths) for j in range(n)]
@@ -80,7 +79,6 @@ def test_cut_is_a_slice(lengths, data):
     shuffle=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=80, deadline=None)
 def test_every_token_once_and_predicted_once(lengths, seq_len, window, shuffle, seed):
     """In an epoch each token stands in one row, each but a document's first is the label of the token before it, none of another
     document; all rows but the last are full; positions start at 0 in each piece."""
@@ -105,7 +103,6 @@ def test_every_token_once_and_predicted_once(lengths, seq_len, window, shuffle, 
     split=st.sampled_from([(1, 2), (2, 1), (3, 1), (2, 3), (3, 2), (1, 6), (6, 1)]),
     window=st.sampled_from([1, 4, 100]),
 )
-@settings(max_examples=40, deadline=None)
 def test_order_depends_on_neither_ranks_nor_micro_batches(lengths, split, window):
     """The rows of each step, one after the other, are equal for any (dp_size, micro_batch_size), over two epochs and their border."""
     dp_size, micro_batch_size = split
@@ -122,7 +119,6 @@ def test_order_depends_on_neither_ranks_nor_micro_batches(lengths, split, window
     worlds=st.lists(st.sampled_from([1, 2, 3]), min_size=6, max_size=6),
     workers=st.integers(0, 4),
 )
-@settings(max_examples=25, deadline=None)
 def test_any_stops_and_world_sizes_keep_the_rows(stops, worlds, workers):
     """Stopped up to five times at any points over three epochs and resumed on 1, 2 or 3 ranks: the rows of a run without a stop."""
     total = make_loader().num_steps(3)

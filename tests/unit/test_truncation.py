@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torchft.data.truncation import share, truncate
@@ -82,7 +82,6 @@ def test_keep_end():
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(2, 40), st.sampled_from(["left", "right", "proportional"]))
-@settings(max_examples=200, deadline=None)
 def test_never_longer_and_in_order(lengths, seq_len, policy):
     """Whatever the rounds: at most seq_len ids, each once, in order, with the weight it had; as many as fit."""
     whole = chat(*lengths)

@@ -26,6 +26,7 @@ GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 PACKED = (".gz", ".zst")  # endings of compressed files
 MAX_RECORD = 64 * 2**20  # bytes of a line or another record; a longer one is no sample, but a damaged file
 CHUNK = 2**20
+SPANS = 4096  # turned into Python's numbers at once
 
 Spans = np.ndarray  # (n, 3) int64: first byte, end and line of each record
 
@@ -55,10 +56,11 @@ class TextRecords:
     def read(self, lo: int, hi: int) -> Iterator[tuple[dict | DataError, str]]:
         with open_plain(self.path) as file:
             at = 0
-            for start, end, line in self._spans[lo:hi].tolist():
-                at = _go_to(file, at, start)
-                yield self._read_one(file, end - start, line), f"{self.path}:{line}"
-                at = start + min(end - start, self._limit + 1)
+            for first in range(lo, hi, SPANS):
+                for start, end, line in self._spans[first : min(first + SPANS, hi)].tolist():
+                    at = _go_to(file, at, start)
+                    yield self._read_one(file, end - start, line), f"{self.path}:{line}"
+                    at = start + min(end - start, self._limit + 1)
 
     def _read_one(self, file: BinaryIO, size: int, line: int) -> dict | DataError:
         data = file.read(min(size, self._limit + 1))
@@ -96,7 +98,7 @@ def suffix_of(path: str | Path) -> str:
 @contextmanager
 def open_plain(path: str) -> Iterator[BinaryIO]:
     """A file's bytes, unpacked on the way if they are compressed. Raises DataError at a damaged file."""
-    with open(path, "rb") as raw:
+    with open(path, "rb", CHUNK) as raw:  # many records a read: each gives the interpreter lock away
         head = raw.read(4)
         raw.seek(0)
         broken: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)

@@ -29,9 +29,10 @@ EVERY_REPLY = MaskConfig()
 
 
 def apply_masks(messages: Sequence[Message], masks: MaskConfig, where: str) -> tuple[Message, ...]:
-    """The messages, each with `train` decided. Raises DataError if a tool's result asks to be trained."""
+    """The messages, each with `is_trained` decided. Raises DataError if a tool's result asks to be trained."""
     last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
-    return tuple(replace(message, train=_is_trained(i, message, last, masks, where)) for i, message in enumerate(messages))
+    decided = [_is_trained(i, message, last, masks, where) for i, message in enumerate(messages)]
+    return tuple(m if m.is_trained == train else replace(m, train=train) for m, train in zip(messages, decided, strict=True))
 
 
 def _is_trained(index: int, message: Message, last: int, masks: MaskConfig, where: str) -> bool:

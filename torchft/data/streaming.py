@@ -18,7 +18,8 @@ import numpy as np
 
 from torchft import dist
 from torchft.batch import SampleId
-from torchft.data.cache import Counts, Truncate, keep
+from torchft.data.cache import Counts
+from torchft.data.cache_build import Truncate, keep
 from torchft.data.encoding import Encode, Made
 from torchft.data.files import BOM
 from torchft.data.lines import Lines

@@ -88,7 +88,7 @@ class Template:
         # Added words the template itself writes (`<tool_response>`): not to be made from a user's text either.
         reserved = {w: i for w, i in tokenizer.added_words.items() if w.strip() and len(w) > 1 and w in source}
         self._special = _any_of(tokenizer.special_tokens)
-        self._reserved = _any_of(reserved)
+        self._reserved = _any_of(reserved) if reserved else None
         jinja = ChatTemplate(source, today=today, variables=tokenizer.named_tokens)
         marks = _any_of([*tokenizer.special_tokens, *reserved])
         self._locator = Locator(jinja, source, frozenset(tokenizer.special_tokens), marks, verified=named is None)
@@ -147,7 +147,7 @@ class Template:
     def _make_plan(self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool) -> "_Plan":
         self._check_tools(tools)
         messages = self._prepared(messages)
-        chosen = frozenset(i for i, m in enumerate(messages) if (m.role == "assistant" if m.train is None else m.train) and m.weight > 0)
+        chosen = frozenset(i for i, m in enumerate(messages) if m.is_trained and m.weight > 0)
         strict = frozenset() if add_generation_prompt else chosen
         located = self._locator.locate(messages, tools, strict, add_generation_prompt=add_generation_prompt)
         tokens = self._template_tokens(located)
@@ -207,6 +207,8 @@ class Template:
 
     def _reserved_cuts(self, located: Located, messages: Sequence[Message]) -> set[int]:
         """Places inside what looks like the template's own words in a user's text: after the first character of each."""
+        if self._reserved is None:
+            return set()
         replies = {i for i, m in enumerate(messages) if m.role == "assistant"}
         others = (s for s in located.stretches if s.message is not None and s.message not in replies)
         return {s.start + m.start() + 1 for s in others for m in self._reserved.finditer(s.text)}

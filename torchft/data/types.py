@@ -35,6 +35,11 @@ class Message:
     name: str | None = None  # tool: the function whose result this is
     tool_call_id: str | None = None  # tool: the id of the call that this answers
 
+    @property
+    def is_trained(self) -> bool:
+        """What `train` says, or the rule."""
+        return self.role == "assistant" if self.train is None else self.train
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -17,12 +17,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from torchft.errors import DataError
 from torchft.tokenizers.nfc import compose
 from torchft.tokenizers.protocol import Part, Pieces, check_whole
 from torchft.tokenizers.rank_files import RankFile
 from torchft.tokenizers.rank_json import rank_tokenizer_json
-from torchft.tokenizers.settings import REQUIRED, Settings
+from torchft.tokenizers.settings import Settings
 
 MAX_TEXT, MAX_RUN = 400_000, 25_000  # characters
 LONG_RUN = re.compile(rf"\s{{{MAX_RUN + 1},}}|\S{{{MAX_RUN + 1},}}")
@@ -43,7 +42,7 @@ class RankTokenizer:
         self.special_tokens = dict(sorted((special | {t: i for t, i in new.items() if t in settings.new_special}).items()))
         self.added_words = words | {t: i for t, i in new.items() if t in settings.new_words}
         self.vocab_size = top + len(new)
-        self.named_tokens = self._names(settings)
+        self.named_tokens = settings.names_among(self.special_tokens, self._kind.named, where=self._name)
         ids = {name: self.special_tokens[text] for name, text in self.named_tokens.items()}
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
         self.pad_id = ids.get("pad_token", self.eos_id or 0)
@@ -60,17 +59,6 @@ class RankTokenizer:
         self._num_bytes[list(self._bytes_of)] = [len(token) for token in self._bytes_of.values()]
         longest_first = sorted(self.added_words, key=len, reverse=True)
         self._word = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-    def _names(self, settings: Settings) -> dict[str, str]:
-        """bos, eos, pad, unk: as the config says, else as the kind does."""
-        names = {name: text for name, text in self._kind.named.items() if text in self.special_tokens} | settings.named_tokens
-        missing = sorted({text for name, text in names.items() if name in REQUIRED and text not in self.special_tokens})
-        if missing:
-            raise DataError(
-                f"{self._name}: tokenizer_config.json names {', '.join(missing)}, which is no special token of it: "
-                "take both files from one model"
-            )
-        return {name: text for name, text in names.items() if text in self.special_tokens}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_parts([text]).ids.tolist()

@@ -15,7 +15,7 @@ import numpy as np
 
 from torchft.errors import DataError
 from torchft.tokenizers.protocol import Part, Pieces, break_inside, check_whole
-from torchft.tokenizers.settings import REQUIRED, Settings
+from torchft.tokenizers.settings import NAMES, Settings
 
 # Appended to a serialised model (repeated messages merge): normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}.
 LOSSLESS = b"\x1a\x04\x18\x00\x20\x00"
@@ -43,7 +43,9 @@ class SentencePieceTokenizer:
         pieces = {self._decoder.id_to_piece(i): i for i in range(size)}
         self.special_tokens = self._find_special(pieces, settings)
         self.added_words = {t: i for t, i in self._new.items() if t in settings.new_words}  # the model matches its own by itself
-        self.named_tokens = self._names(settings)
+        ids = {name: getattr(self._decoder, name.removesuffix("_token") + "_id")() for name in NAMES}
+        own = {name: self._decoder.id_to_piece(i) for name, i in ids.items() if i >= 0}
+        self.named_tokens = settings.names_among(self.special_tokens, own, where=self._name)
         ids = {name: self.special_tokens[text] for name, text in self.named_tokens.items()}
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
         self.pad_id = ids.get("pad_token", self.eos_id or 0)
@@ -69,19 +71,6 @@ class SentencePieceTokenizer:
                 special[text] = i
         special |= {text: pieces[text] for text in settings.named_tokens.values() if text in pieces}
         return dict(sorted(special.items()))
-
-    def _names(self, settings: Settings) -> dict[str, str]:
-        """bos, eos, pad, unk: as the config says, else as the model does."""
-        sp = self._decoder
-        own = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id(), "unk_token": sp.unk_id()}
-        names = {name: sp.id_to_piece(i) for name, i in own.items() if i >= 0} | settings.named_tokens
-        missing = sorted({text for name, text in names.items() if name in REQUIRED and text not in self.special_tokens})
-        if missing:
-            raise DataError(
-                f"{self._name}: tokenizer_config.json names {', '.join(missing)}, which the model does not have: "
-                "take both files from one model"
-            )
-        return {name: text for name, text in names.items() if text in self.special_tokens}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_parts([text]).ids.tolist()

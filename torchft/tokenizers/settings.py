@@ -44,6 +44,16 @@ class Settings:
         new = [token for token in self.new_words + self.new_special if token not in special and token not in words]
         return {token: first + i for i, token in enumerate(new)}
 
+    def names_among(self, special: Collection[str], own: Mapping[str, str], *, where: str) -> dict[str, str]:
+        """bos, eos, pad, unk among the special tokens: as the files say, else the vocabulary's `own`. Raises DataError if one lacks."""
+        names = {name: text for name, text in own.items() if text in special} | self.named_tokens
+        missing = sorted({text for name, text in names.items() if name in REQUIRED and text not in special})
+        if missing:
+            raise DataError(
+                f"{where}: tokenizer_config.json names {', '.join(missing)}, which it does not have: take both files from one model"
+            )
+        return {name: text for name, text in names.items() if text in special}
+
     def other_files(self) -> dict[str, bytes]:
         """The files beside the vocabulary, by name, but for tokenizer_config.json."""
         return {name: path.read_bytes() for name in BESIDE[1:] if (path := self.folder / name).is_file()}

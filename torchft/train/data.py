@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from torchft.batch import Batch
-from torchft.data.cache import CacheKey, TokenCache, build_cache
+from torchft.data.cache import CacheKey, TokenCache
+from torchft.data.cache_build import build_cache
 from torchft.data.files import find_files
 from torchft.data.holdout import held_out_names, hold_out
 from torchft.data.lines import STREAMED, Lines
