@@ -93,13 +93,35 @@ def _place() -> tuple[int, int, int, int]:
 
 
 def _attempt_store(rank: int, size: int, timeout_s: float) -> dist.Store:
-    """The agent's store under a prefix of this restart: after a restart gloo would otherwise read the dead workers' addresses."""
+    """The launcher's store. One that torchrun's agent keeps outlives a restart, so there each attempt has a prefix of its own: gloo would
+    otherwise read the dead workers' addresses."""
     timeout = timedelta(seconds=timeout_s)
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=not agent and rank == 0, timeout=timeout
     )
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"attempt_{_meet(store, rank, size, timeout_s)}", store) if agent else store
+
+
+def _meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
+    """A number that all ranks of this attempt know and no earlier attempt had. torchrun's own count differs between nodes that came at
+    different times, and stays as it is when a node joins; so rank 0 draws a number and answers every call, those of dead ranks too."""
+    if rank:
+        call = store.add("torchft/calls", 1)
+        number = store.get(f"torchft/answer/{call}").decode()  # waits
+        store.add(f"torchft/heard/{number}", 1)
+        return number
+    number, limit, first = str(store.add("torchft/attempts", 1)), time.monotonic() + timeout_s, 1
+    while store.add(f"torchft/heard/{number}", 0) < size - 1:
+        calls = store.add("torchft/calls", 0)
+        for call in range(first, calls + 1):
+            if not store.check([f"torchft/answer/{call}"]):  # an earlier rank 0 may have answered it
+                store.set(f"torchft/answer/{call}", number)
+        first = calls + 1
+        if time.monotonic() > limit:
+            raise dist.DistStoreError(f"{size} processes announced, some did not come within {timeout_s:g} s")
+        time.sleep(0.01)
+    return number
 
 
 def set_deterministic(on: bool) -> None:
@@ -242,6 +264,11 @@ def _along_first(placement: Placement) -> Placement:
 def environment(name: str, default: str = "") -> str:
     """An environment variable, for the few modules that need one."""
     return os.environ.get(name, default)
+
+
+def restart_count() -> int:
+    """How often torchrun's agent here has started its processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def secret_values() -> list[str]:

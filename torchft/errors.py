@@ -78,6 +78,14 @@ class RankLost(TorchftError):
     exit_code = 80
 
 
+class NotRestarted(TorchftError):
+    """A launcher restarts a run whose end another attempt would meet again; `exit_code` is that end's."""
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 class CrashLoop(TorchftError):
     """A run that a launcher restarts again and again dies at the same step each time."""
 

@@ -87,12 +87,14 @@ def test_sigterm_is_passed_on_and_the_ranks_may_save(stub, tmp_path):
         (0, "", 0),
         (1, "", 1),  # killed without a word
         (-9, "", 137),
-        (1, "1 79\n0 75\n", 79),  # the other rank was stopped by torchrun afterwards
-        (1, "0 75\n1 79\n", 79),
-        (1, "0 75\n", 1),  # rank 1 was killed, rank 0 stopped by torchrun
-        (1, "0 75\n1 75\n", 75),
-        (1, "0 0\n1 75\n", 75),
-        (1, "0 1\n1 2\n", 1),
+        (1, "1 79 0\n0 75 0\n", 79),  # the other rank was stopped by torchrun afterwards
+        (1, "0 75 0\n1 79 0\n", 79),
+        (1, "0 75 0\n", 1),  # rank 1 was killed, rank 0 stopped by torchrun
+        (1, "0 75 0\n1 75 0\n", 75),
+        (1, "0 0 0\n1 75 0\n", 75),
+        (1, "0 1 0\n1 2 0\n", 1),
+        (1, "0 80 0\n1 78 1\n0 80 1\n", 78),  # a restart
+        (0, "0 80 0\n0 0 1\n1 0 1\n", 0),
     ],
 )
 def test_exit_code_of_two_ranks(returned, reported, want):
@@ -106,6 +108,10 @@ def test_command_lines():
     assert command_line(Path("r.py"), argv, Processes()) == [sys.executable, "r.py", *argv]
     two = command_line(Path("r.py"), argv, Processes(4, 2, "host:29400"))
     assert two[:4] == [sys.executable, "-m", "torch.distributed.run", "--nnodes"] and two[-4:] == ["r.py", *argv]
+    elastic = command_line(Path("r.py"), argv, Processes(4, 3, "host:29400", 2, 5))
+    assert elastic[elastic.index("--nnodes") + 1] == "2:3" and elastic[elastic.index("--max_restarts") + 1] == "5"
+    assert Processes(4, 3, "host:29400", 2).totals == [8, 12] and Processes(4, 3, "host:29400").totals == [12]
+    assert "torch.distributed.run" in command_line(Path("r.py"), argv, Processes(max_restarts=1))
     assert "host:29400" in two and two[two.index("--nproc_per_node") + 1] == "4"
 
 
@@ -117,7 +123,13 @@ def test_checks_before_it_starts(tmp_path, capsys):
     assert "train.global_batch_size" in shown.err and shown.out == ""
     assert main(["run", "full_finetune", "--config", "debug/tiny", "--nproc", "2", "--dry-run", *argv]) == 0
     assert capsys.readouterr().out.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert main(["run", "full_finetune", "--config", "debug/tiny", "--nnodes", "2", *argv]) == 2
+    for wrong in (["--nnodes", "2"], ["--nnodes", "1:2"], ["--nnodes", "2:1"], ["--nnodes", "0"], ["--nnodes", "x"], ["--max-restarts", "-1"]):
+        assert main(["run", "full_finetune", "--config", "debug/tiny", *wrong, *argv]) == 2
+        assert "fix:" in capsys.readouterr().err
+    # 8 rows a step divide by 1, 2 and 4 nodes, not by 3
+    elastic = ["--nnodes", "1:4", "--rdzv-endpoint", "localhost:1", "--dry-run"]
+    assert main(["run", "full_finetune", "--config", "debug/tiny", *elastic, *argv]) == 2
+    assert "train.global_batch_size" in capsys.readouterr().err
 
 
 @pytest.mark.full

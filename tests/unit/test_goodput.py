@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from torchft.errors import NotRestarted
 from torchft.metrics.goodput import Goodput, goodput_text
 from torchft.metrics.rows import write_whole
 from torchft.train import history
@@ -74,6 +75,31 @@ def test_same_deaths_by_hand(attempts, want, tmp_path):
     for each in attempts:
         attempt(tmp_path, *each)
     assert history.read(tmp_path).same_deaths() == want
+
+
+@pytest.mark.parametrize(
+    "code, reason, again",
+    [
+        (80, "RankLost: x", True),
+        (1, "RuntimeError: x", True),
+        (75, "SIGTERM", True),
+        (75, "train.time_limit_s", False),
+        (2, "DataError: x", False),
+        (78, "OutOfMemory: x", False),
+        (79, "NumericError: x", False),
+        (81, "CrashLoop: x", False),
+    ],
+)
+def test_what_a_launcher_should_not_start_again(code, reason, again, tmp_path):
+    """An end that another attempt would only repeat is kept to, with its own exit code; a dead rank or a signal is gone on from."""
+    (tmp_path / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
+    earlier = history.read(tmp_path)
+    if again:
+        history.check_restart(earlier)
+        return
+    with pytest.raises(NotRestarted, match="fix:") as stop:
+        history.check_restart(earlier)
+    assert stop.value.exit_code == code
 
 
 def test_a_damaged_history_is_none(tmp_path):

@@ -205,12 +205,11 @@ def test_resume_from_another_run(tmp_path: Path) -> None:
     assert read_manifest(store.save(3)).parent == str(tmp_path / "a" / "step_00000002")
 
 
-def test_a_restart_by_torchrun_goes_on_where_the_run_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_by_a_launcher_goes_on_where_the_run_was(tmp_path: Path) -> None:
     """After a crash, resume=none and a path mean the run's own newest checkpoint."""
     save_steps(tmp_path, 3)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     for resume in ("none", str(tmp_path / "step_00000001")):
-        assert make(tmp_path, resume=resume)[2].resume()["step"] == 3
+        assert make(tmp_path, resume=resume)[2].resume(restarted=True)["step"] == 3
 
 
 def test_fallback_names_the_file_and_all_damaged_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,7 @@ from torchft.checkpoint.load import load_training, newest_good, raise_if_damaged
 from torchft.checkpoint.manifest import encode_json
 from torchft.checkpoint.state import HasParameters
 from torchft.checkpoint.writing import Capture, Staging, fire_together, warn_of_small_disk, write_checkpoint
-from torchft.dist import agree, agreed, environment, on_rank_0, rank
+from torchft.dist import agree, agreed, on_rank_0, rank
 from torchft.errors import CheckpointError, ConfigError, NumericError, Problem
 from torchft.faults import fire
 from torchft.log import get_logger
@@ -170,17 +170,16 @@ class Store:
             except OSError as error:
                 logger.warning("CHECKPOINT: %s could not be marked best: %s", step_name(step), error)
 
-    def resume(self) -> dict[str, Any] | None:
+    def resume(self, *, restarted: bool = False) -> dict[str, Any] | None:
         """Loads model and optimizer as `checkpoint.resume` says; state.json's content, None for a fresh start. Once, on all ranks.
 
         auto: the newest checkpoint that verifies; damaged newer ones are named in a warning and set aside. A path: that one or
-        CheckpointError. After a restart by torchrun, none and a path mean auto: the run's own progress comes first.
+        CheckpointError. In an attempt that a launcher restarted, none and a path mean auto: the run's own progress comes first.
         """
         on_rank_0(self.folder.remove_leftovers)
         own = on_rank_0(self.folder.list_steps)
         missing = max(1, self.cfg.keep_last + 1 - len(own))  # one more while it is written
         warn_of_small_disk(self.folder.path, self.parts, missing, numbers=1 if self.cfg.model_only else 3)
-        restarted = environment("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if self.cfg.resume == "none" and not restarted:
             self._start_over(own)
             return None

@@ -27,6 +27,7 @@ from torchft.train.launch import Processes, command_line, launch
 ENDS = ("kill", "stop", "corrupt", "nan", "fill")  # of these an attempt may die
 NOTICED = {"fill": "checkpoint failed", "slow": "slow rank", "nan": "skipped"}  # events by which a run says that it has seen one
 SPARE_ATTEMPTS = 2
+LAST_WORDS = 40  # lines
 
 
 @dataclass
@@ -85,7 +86,7 @@ def run_chaos(
     if report.finished:
         _compare(calm, stormy, report)
     else:
-        report.last_words = "\n".join((out / f"attempt_{len(codes)}.log").read_text(errors="replace").splitlines()[-20:])
+        report.last_words = _last_words(out / f"attempt_{len(codes)}.log")
     return report
 
 
@@ -100,7 +101,7 @@ class _Driver:
         """Its folder and seconds. Raises ConfigError if not even that works."""
         run, start = self.out / "undisturbed", time.monotonic()
         if self._start(run, self.out / "undisturbed.log"):
-            given = "\n".join((self.out / "undisturbed.log").read_text(errors="replace").splitlines()[-12:])
+            given = _last_words(self.out / "undisturbed.log")
             raise ConfigError(
                 f"the undisturbed run fails already\n  given:    {given}\n  expected: exit code 0\n  fix:      run it by itself"
             )
@@ -200,6 +201,13 @@ def _measure(run: Path, fired: list[Fired]) -> None:
         if one.note.startswith("a b"):
             logs = "".join(path.read_text(errors="replace") for path in (run / "logs").glob("rank_*.log"))
             one.note += ", named" if one.note.rpartition(" ")[2] in logs else ", NOT NAMED"
+
+
+def _last_words(log: Path) -> str:
+    """What the recipe printed last; of torchrun's own account, if it got as far as starting a process, nothing."""
+    lines = log.read_text(errors="replace").splitlines()
+    at = next((i for i, line in enumerate(lines) if "failed (exitcode:" in line), len(lines))
+    return "\n".join(lines[:at][-LAST_WORDS:] or lines[-LAST_WORDS:])
 
 
 def _first(events: Sequence[Row], after: float, name: str) -> float | None:

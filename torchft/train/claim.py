@@ -1,6 +1,7 @@
 """A run's hold on its folder: the lock, config.yaml, run.json, what earlier attempts left.
 
-Rank 0 claims it, all ranks learn how that went.
+Rank 0 claims it, all ranks learn how that went. An attempt is a restart if a launcher says so (its count), or if run.json names the
+launcher of any of its ranks: a node that joins has no count, and torchrun counts no restart for it.
 """
 
 import json
@@ -21,19 +22,21 @@ from torchft.metrics.rows import write_whole
 from torchft.parallel.mesh import Mesh
 from torchft.train import history
 from torchft.train.failure import MARKER
-from torchft.train.lock import Lock
+from torchft.train.lock import Lock, launcher
 
 logger = get_logger(__name__)
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # environment: how often a launcher has started this run again
 
 
 class Claim:
-    """Held from construction to `release`. `earlier`: the folder as it was found; on rank 0 alone, as the facts of run.json."""
+    """Held from construction to `release`. `earlier`: the folder as it was found; on rank 0 alone, as the facts of run.json.
+    `restarted`: a launcher has started this attempt after another one of the same run; on all ranks alike."""
 
     def __init__(self, cfg, folder: Path, mesh: Mesh):
         """Raises ConfigError on all ranks if another run holds the folder, or it can't be written."""
-        self.folder, self.earlier = folder, history.Earlier()
+        self.folder, self.earlier, self.restarted = folder, history.Earlier(), False
         self._lock: Lock | None = None
-        problem = None
+        self._launchers, problem = list(filter(None, dist.over_ranks(launcher()))), None
         if dist.rank() == 0:
             try:
                 self._claim(cfg, mesh)
@@ -42,6 +45,7 @@ class Claim:
             except OSError as error:
                 problem = f"{error}\n  expected: a folder to write in\n  fix:      set output_dir to another"
         problem = dist.broadcast_object(problem)
+        self.restarted = bool(dist.agree(self.restarted or any(dist.environment(name, "0") != "0" for name in RESTARTS)))
         if problem:
             self.release()
             raise ConfigError(f"output_dir={cfg.output_dir} can't be used\n  given:    {problem}")
@@ -63,12 +67,19 @@ class Claim:
 
     def _claim(self, cfg, mesh: Mesh) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self.folder / "lock")
         self.earlier = history.read(self.folder)
+        self.restarted = bool(set(self.earlier.launchers) & set(self._launchers))
+        self._lock = Lock(self.folder / "lock", ended=self.restarted)
         (self.folder / MARKER).unlink(missing_ok=True)
         save_config(cfg, self.folder / "config.yaml")
         facts = {"versions": {"torchft": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}}
-        facts |= {"mesh": mesh.degrees, "device": mesh.device.type, "command": sys.argv, "started": time.time()}
+        facts |= {
+            "launchers": self._launchers,
+            "mesh": mesh.degrees,
+            "device": mesh.device.type,
+            "command": sys.argv,
+            "started": time.time(),
+        }
         self._facts: dict[str, Any] = facts | {"hardware": _hardware(mesh.device), "host": platform.node()}
         self._facts["changed"] = changed_from_defaults(cfg)
         self._write()

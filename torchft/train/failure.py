@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from torchft.compat import default_store
 from torchft.config.problems import redact_text
-from torchft.dist import environment, rank, world_size
-from torchft.errors import NumericError, OutOfMemory, RankLost
+from torchft.dist import environment, rank, restart_count, world_size
+from torchft.errors import NumericError, OutOfMemory, RankLost, TorchftError
 from torchft.train.memory_advice import memory_advice
 
 WAIT_FOR_NOTES_S = 5.0
@@ -33,6 +33,7 @@ MEANINGS = {
     130: "interrupted, not saved",
 }
 MARKER = "exit.json"
+EXIT_CODES = "TORCHFT_EXIT_CODES"  # environment: the file for exit codes of a process that `torchft run` started
 WAITING = "waiting for other ranks"
 SHOWN = 8  # ranks in a message
 GLOO = ("gloo/transport", "Application timeout caused pair closure", "Connection closed by peer")  # a plain RuntimeError's text
@@ -65,10 +66,27 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(text in str(error) for text in GLOO)  # also a save that failed for it
 
 
+def exit_code_of(error: BaseException) -> int:
+    """The process's exit code after this error. A connection that nobody explained was lost while the ranks still met."""
+    if isinstance(error, TorchftError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return RankLost.exit_code if is_lost_connection(error) else 1
+
+
+def report_exit(rank: int, code: int) -> None:
+    """Tells `torchft run`, if it started this process: torchrun passes no worker's code on (launch.py)."""
+    path = environment(EXIT_CODES)
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{rank} {code} {restart_count()}\n")
+
+
 def write_marker(folder: Path, code: int, step: int, reason: str) -> None:
     """exit.json, by the first rank that ends: for schedulers, since torchrun ends with 1 whatever the run's code."""
     facts = {"code": code, "meaning": MEANINGS.get(code, ""), "step": step, "rank": rank(), "reason": redact_text(reason)}
-    facts |= {"attempt": int(environment("TORCHELASTIC_RESTART_COUNT", "0")), "time": time.time()}
+    facts |= {"attempt": restart_count(), "time": time.time()}
     draft = folder / f".{MARKER}-{rank()}-{os.getpid()}"
     with suppress(OSError):  # there already, or a full disk: the process's own code says the same
         draft.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -86,12 +104,15 @@ def _note(text: str) -> None:
 
 
 def _lost_text(place: str, error: BaseException) -> str:
-    notes = _notes()
+    notes, gone = _notes()
+    notes[rank()] = f"{place}: {WAITING}"
     silent = [number for number, note in enumerate(notes) if note is None]
     told = [(WAITING in note, f"rank {number}: {note}") for number, note in enumerate(notes) if note is not None]
     shown = [text for _, text in sorted(told)[:SHOWN]]  # those with an error of their own first
     shown += [f"and {len(told) - SHOWN} ranks more"] if len(told) > SHOWN else []
-    who = f"rank {', '.join(map(str, silent))} says nothing: it hangs or was killed" if silent else "every rank could still tell"
+    who = "rank 0 is gone, and with it the ranks' store" if gone else "every rank could still tell"
+    if silent and not gone:
+        who = f"rank {', '.join(map(str, silent))} says nothing: it hangs or was killed"
     return (
         f"a collective failed at {place}: {who}\n  given:    {_line(error)[:300]}\n            "
         + "\n            ".join(shown)
@@ -100,14 +121,16 @@ def _lost_text(place: str, error: BaseException) -> str:
     )
 
 
-def _notes() -> list[str | None]:
-    """Every rank's note, after waiting a little for those that are on their way."""
+def _notes() -> tuple[list[str | None], bool]:
+    """Every rank's note, after waiting a little for those that are on their way. True: rank 0 kept the store and has died."""
     limit, notes = time.monotonic() + WAIT_FOR_NOTES_S, [None] * world_size()
-    with suppress(Exception):  # as in _note
+    try:
         store = default_store()
         while time.monotonic() < limit and None in notes:
             for number in (number for number, note in enumerate(notes) if note is None):
                 if store.check([f"torchft/ended/{number}"]):
                     notes[number] = store.get(f"torchft/ended/{number}").decode()
             time.sleep(0.1)
-    return notes
+    except Exception:  # whatever a store whose server is gone raises
+        return notes, True
+    return notes, False

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchft.dist import agree, environment
-from torchft.errors import CrashLoop, DataError
+from torchft.dist import agree
+from torchft.errors import CrashLoop, DataError, NotRestarted
 from torchft.metrics.goodput import Goodput
 from torchft.metrics.rows import read_rows, write_whole
-from torchft.train.failure import MARKER
+from torchft.train.failure import MARKER, MEANINGS
+from torchft.train.stop import TIME_LIMIT
 
 GOODPUT = "goodput.json"
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # environment: how often a launcher has started this run again
+NOT_AGAIN = (2, 78, 79, 81)  # exit codes that another attempt would only repeat
 KEPT = 16  # checkpoints whose goodput is kept
 
 
@@ -27,7 +28,9 @@ class Earlier:
     started: float | None = None  # Unix seconds of the last attempt that did not finish
     last_step: int = 0  # that has a row
     last_time: float = 0.0  # of that row
-    ended_by: str = ""  # the kind of error that exit.json names; "" if nobody could write one
+    code: int = 0  # of exit.json
+    ended_by: str = ""  # the kind of error, or the request to stop, that exit.json names; "" if nobody could write one
+    launchers: tuple[str, ...] = ()  # of its ranks, as lock.launcher() names them
     deaths: tuple[tuple[int, str], ...] = ()  # of each earlier attempt: the last step it made, and what ended it
     goodput: dict[str, Any] | None = None
 
@@ -48,12 +51,34 @@ def read(folder: Path) -> Earlier:
     except (DataError, OSError):
         rows, events = [], []
     last = rows[-1] if rows else {"step": 0, "time": 0.0}
-    ended_by = str(_json(folder / MARKER).get("reason", "")).partition(":")[0]
+    marker = _json(folder / MARKER)
+    ended_by = str(marker.get("reason", "")).partition(":")[0]
     deaths = tuple((event.get("died_at", 0), event.get("ended_by", "")) for event in events[1:]) + ((last["step"], ended_by),) * bool(
         events
     )
     started = None if "outcome" in facts else facts.get("started")
-    return Earlier(started, last["step"], last["time"], ended_by, deaths, _json(folder / GOODPUT) or None)
+    return Earlier(
+        started=started,
+        last_step=last["step"],
+        last_time=last["time"],
+        code=int(marker.get("code", 0)),
+        ended_by=ended_by,
+        launchers=tuple(map(str, facts.get("launchers", ()))),
+        deaths=deaths,
+        goodput=_json(folder / GOODPUT) or None,
+    )
+
+
+def check_restart(earlier: Earlier) -> None:
+    """Raises NotRestarted, on all ranks, in a restart by a launcher after an end that another attempt would meet again: the launcher can't
+    tell it from a dead rank. A stop by a signal is none: it may have been meant for a node that leaves, and the others go on."""
+    code = agree(earlier.code if earlier.code in NOT_AGAIN or earlier.ended_by == TIME_LIMIT else 0)
+    if code:
+        raise NotRestarted(
+            f"not restarted: the attempt before ended with {code}, {MEANINGS[code]}\n  given:    a restart by the launcher\n"
+            f"  expected: one after a rank that hangs or is dead\n  fix:      see logs/ for what ended it; then start the run by hand",
+            code,
+        )
 
 
 def check_crash_loop(earlier: Earlier, limit: int, step: int) -> None:
@@ -61,7 +86,7 @@ def check_crash_loop(earlier: Earlier, limit: int, step: int) -> None:
     start by hand is let through and counts anew. earlier: rank 0's counts; step: the one to go on from."""
     refused = earlier.ended_by == CrashLoop.__name__
     same = agree(limit if refused else earlier.same_deaths())
-    if limit and same >= limit and any(environment(name, "0") != "0" for name in RESTARTS):
+    if limit and same >= limit:
         raise CrashLoop(
             f"crash loop: {same} attempts in a row died at the same step\n  given:    restarts that go on from step {step}\n"
             f"  expected: fewer than train.max_crashes={limit}\n  fix:      see events.jsonl and logs/ for what ended them; then start "

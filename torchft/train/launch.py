@@ -1,10 +1,10 @@
 """Starts a recipe on one or many processes of this machine, and gives the exit code that the recipe gave.
 
-    torchft run --> torchrun --> rank 0, rank 1, ...     each appends "rank code" to a file of the launcher as it ends
+    torchft run --> torchrun --> rank 0, rank 1, ...     each appends "rank code restart" to a file of the launcher as it ends
 
-torchrun ends with 1 whatever its workers' codes were. The launcher reads the file: the first code that is an error is the run's, for the
-ranks that torchrun stops afterwards end as if asked to. "Stopped and saved" (75) it is only if every rank said so; a rank that was killed
-says nothing, and torchrun's own code stands.
+torchrun ends with 1 whatever its workers' codes were. The launcher reads the file: the last restart's first code that is an error is the
+run's, for the ranks that torchrun stops afterwards end as if asked to. "Stopped and saved" (75) it is only if every rank said so; a rank
+that was killed says nothing, and torchrun's own code stands.
 """
 
 import signal
@@ -16,35 +16,47 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchft.dist import child_environment
-from torchft.train.run import EXIT_CODES, STOPPED
+from torchft.train.failure import EXIT_CODES
+from torchft.train.run import STOPPED
 from torchft.train.stop import SIGNALS
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # environment of torchrun: each round of ranks meets at a new address
 SHUTDOWN_S = 300  # torchrun kills workers that are still saving after so many seconds (its default: 30)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How many, and where the nodes meet."""
+    """How many, where the nodes meet, how often they may start again. min_nodes below nodes: the run goes on with those there are."""
 
     per_node: int = 1
     nodes: int = 1
     rdzv_endpoint: str = ""  # HOST:PORT, with several nodes
+    min_nodes: int | None = None  # None: nodes
+    max_restarts: int = 0
 
     @property
-    def total(self) -> int:
-        return self.per_node * self.nodes
+    def totals(self) -> list[int]:
+        """Every number of processes that the run may have."""
+        return [self.per_node * nodes for nodes in range(self.min_nodes or self.nodes, self.nodes + 1)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of torchrun. A node that is lost may have held the address at which the ranks meet."""
+        return {OWN_STORE: "1"} if self.min_nodes else {}
 
 
 def command_line(recipe: Path, argv: list[str], processes: Processes) -> list[str]:
     """The command: python for one process, torchrun (as a module of this Python) for more."""
-    if processes.total == 1:
+    if processes.totals[-1] == 1 and not processes.max_restarts:
         return [sys.executable, str(recipe), *argv]
     if processes.nodes == 1:
         meeting = ["--standalone"]
     else:
-        meeting = ["--nnodes", str(processes.nodes), "--rdzv_backend", "c10d", "--rdzv_endpoint", processes.rdzv_endpoint]
+        nodes = f"{processes.min_nodes}:{processes.nodes}" if processes.min_nodes else str(processes.nodes)
+        meeting = ["--nnodes", nodes, "--rdzv_backend", "c10d", "--rdzv_endpoint", processes.rdzv_endpoint]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(processes.per_node)]
-    return [*torchrun, "--shutdown_timeout", str(SHUTDOWN_S), str(recipe), *argv]
+    restarts = ["--max_restarts", str(processes.max_restarts)] if processes.max_restarts else []
+    return [*torchrun, *restarts, "--shutdown_timeout", str(SHUTDOWN_S), str(recipe), *argv]
 
 
 def launch(command: list[str], per_node: int, *, output: Path | None = None, **environment: str) -> int:
@@ -76,7 +88,9 @@ def exit_code(returned: int, reported: str, per_node: int) -> int:
     """returned: what the started process gave; reported: its ranks' lines, in the order they ended."""
     if returned == 0:
         return 0
-    codes = [int(line.split()[1]) for line in reported.splitlines()]
+    lines = [list(map(int, line.split())) for line in reported.splitlines()]
+    last = max((restart for _, _, restart in lines), default=0)
+    codes = [code for _, code, restart in lines if restart == last]
     errors = [code for code in codes if code not in (0, STOPPED)]
     if errors:
         return errors[0]

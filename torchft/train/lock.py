@@ -1,7 +1,8 @@
 """One run a folder: a lock file with host and process id, touched every minute while the run lives.
 
-A lock whose process on this host is gone, or that nobody on another host has touched for STALE_S, is taken over. The file appears
-whole (a hard link of a finished one), and a stale one is moved away under a name of its own, so two starters can't both win.
+A lock whose process on this host is gone, or that nobody on another host has touched for STALE_S, is taken over; so is one of an attempt
+that this run's own launcher has ended, for its host may be lost. The file appears whole (a hard link of a finished one), and a stale one
+is moved away under a name of its own, so two starters can't both win.
 """
 
 import os
@@ -9,8 +10,10 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
+from torchft.dist import environment
 from torchft.errors import ConfigError
 
 BEAT_S = 60.0
@@ -18,15 +21,15 @@ STALE_S = 300.0
 
 
 class Lock:
-    """Held from construction to `release`. Raises ConfigError if another live run holds it."""
+    """Held from construction to `release`. Raises ConfigError if another live run holds it. ended: the holder's launcher has ended it."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, ended: bool = False):
         self.path, self.content = path, f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n"
         for _ in range(8):
             if self._create():
                 break
             holder = self._holder()
-            if holder and _is_alive(path, holder):
+            if holder and _is_alive(path, holder) and not ended:
                 raise ConfigError(
                     f"another run holds it: host {holder[0]}, process {holder[1]}\n  expected: one run a folder\n"
                     f"  fix:      wait for it, choose another output_dir, or delete {path} if that process is gone"
@@ -74,6 +77,16 @@ class Lock:
         while not self._done.wait(BEAT_S):
             if self.path.exists():
                 os.utime(self.path)
+
+
+def launcher() -> str:
+    """torchrun's agent that started this process, told from all others by its host, process id and start; "" without one."""
+    if not environment("TORCHELASTIC_RUN_ID"):
+        return ""
+    parent, began = os.getppid(), ""
+    with suppress(OSError):
+        began = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {parent} {began}"
 
 
 def is_held(path: Path) -> bool:

@@ -40,7 +40,7 @@ from torchft.parallel.mesh import build_mesh, resolve_degrees
 from torchft.parallel.parts import Parts
 from torchft.train import history
 from torchft.train.claim import Claim
-from torchft.train.failure import explain, write_marker
+from torchft.train.failure import exit_code_of, explain, report_exit, write_marker
 from torchft.train.memory_advice import component_sizes
 from torchft.train.step import StepStats
 from torchft.train.stop import Stop
@@ -56,7 +56,6 @@ class DebugConfig:
 
 
 STOPPED = 75  # exit code: asked to stop, and saved
-EXIT_CODES = "TORCHFT_EXIT_CODES"  # environment: the file for exit codes of a process that `torchft run` started
 
 
 class Run:
@@ -95,6 +94,16 @@ class Run:
         """True once all ranks have agreed to stop before the last step."""
         return bool(self._stop.reason)
 
+    @property
+    def restarted(self) -> bool:
+        """True if a launcher started this attempt after another of the same run."""
+        return self._claim.restarted
+
+    def check_restart(self) -> None:
+        """Raises NotRestarted if a launcher restarts what would end in the same way."""
+        if self.restarted:
+            history.check_restart(self._claim.earlier)
+
     def asked_to_stop(self) -> bool:
         """The same, after asking all ranks whether any was told to; a collective."""
         return self._stop.asked()
@@ -116,7 +125,8 @@ class Run:
         model = {"family": spec.family, "layers": spec.num_layers, "hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size}
         model |= {"parameters": sum(math.prod(shape) for shape in weight_shapes(spec).values()), "seq_len": seq_len}
         self.record(model=model, num_steps=num_steps, resumed_step=self.step)
-        history.check_crash_loop(self._claim.earlier, self.cfg.train.max_crashes, self.step)
+        if self.restarted:
+            history.check_crash_loop(self._claim.earlier, self.cfg.train.max_crashes, self.step)
         self.sinks.event("attempt", self.step, died_at=self._claim.earlier.last_step, ended_by=self._claim.earlier.ended_by)
         left = f"steps {self.step + 1} to {num_steps}" if self.step < num_steps else f"all {num_steps} steps are done"
         logger.info("%s on %s, %s", left, self.mesh.describe(), self.world.device.type)
@@ -238,7 +248,7 @@ class Run:
         if self.cfg.memory.gc_every_steps:
             gc.enable()
         code = (STOPPED if self.stopped else 0) if error is None else exit_code_of(error)
-        write_marker(self.folder, code, self.step, "" if error is None else f"{type(error).__name__}: {error}")
+        write_marker(self.folder, code, self.step, self._stop.reason if error is None else f"{type(error).__name__}: {error}")
         self._claim.release()
         self._stop.close()
 
@@ -286,20 +296,5 @@ def run_recipe(main: Callable[[list[str]], int]) -> None:
         if not isinstance(error, KeyboardInterrupt):
             print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
         code = exit_code_of(error)
-    _report_exit(rank, code)
+    report_exit(rank, code)
     dist.shutdown(code, together=together)
-
-
-def exit_code_of(error: BaseException) -> int:
-    """The process's exit code after this error."""
-    if isinstance(error, TorchftError):
-        return error.exit_code
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
-
-
-def _report_exit(rank: int, code: int) -> None:
-    """Tells `torchft run`, if it started this process: torchrun passes no worker's code on (train/launch.py)."""
-    path = dist.environment(EXIT_CODES)
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(f"{rank} {code}\n")

@@ -137,6 +137,7 @@ class ValidateConfig:
 def build_job(cfg, run: Run) -> Job:
     """cfg: a recipe's config. Raises ConfigError, DataError or CheckpointError; a rank that fails alone is ended by the launcher."""
     mesh, world = run.mesh, run.world
+    run.check_restart()
     use_local_copies(cfg)
     base = read_spec(cfg.model, packed=has_quant(cfg))
     spec = built_spec(cfg, resize_spec(base, cfg.model.vocab))
@@ -170,7 +171,7 @@ def build_job(cfg, run: Run) -> Job:
         on_saved=run.note_save,
     )
     run.at_end(store.wait)
-    state = _resume(cfg, spec, store)
+    state = _resume(cfg, spec, store, restarted=run.restarted)
     if state is not None:
         loader.load_state(state["loader"])
         run.restore(state)
@@ -209,11 +210,11 @@ def read_spec(cfg: ModelConfig, *, packed: bool = False) -> ModelSpec:
     return read_config(cfg.path, packed=packed)[0] if cfg.path else custom_spec(cfg.family or "", cfg.size, cfg.spec)
 
 
-def _resume(cfg, spec: ModelSpec, store: Store) -> dict[str, Any] | None:
+def _resume(cfg, spec: ModelSpec, store: Store, *, restarted: bool) -> dict[str, Any] | None:
     """Fills the model, and on a resume the optimizer; the checkpoint's state, None for a new run."""
     if store.base is not None:  # checkpoints don't hold what is frozen
         load_initial_weights(cfg, spec, store.parts)
-    state = store.resume()
+    state = store.resume(restarted=restarted)
     if state is None and store.base is None:
         load_initial_weights(cfg, spec, store.parts)
     return state

@@ -16,7 +16,7 @@ from torchft.log import get_logger
 log = get_logger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-NOT_ASKED, TIME_UP = 0, -1  # else the signal's number; agreed as their ranks in REASONS
+TIME_LIMIT, TIME_UP = "train.time_limit_s", 1000  # the reason, and its number, above every signal's
 
 
 class Stop:
@@ -32,8 +32,8 @@ class Stop:
         """True, on all ranks, once any was asked; a collective until then."""
         if not self.reason:
             late = self._deadline is not None and time.monotonic() >= self._deadline
-            agreed = agree(self._signal or (1000 if late else 0))  # 1000: above every signal's number
-            self.reason = "" if not agreed else "train.time_limit_s" if agreed == 1000 else signal.Signals(agreed).name
+            agreed = agree(self._signal or (TIME_UP if late else 0))
+            self.reason = "" if not agreed else TIME_LIMIT if agreed == TIME_UP else signal.Signals(agreed).name
         return bool(self.reason)
 
     def close(self) -> None:
