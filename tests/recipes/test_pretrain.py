@@ -140,7 +140,12 @@ def test_world_sizes_1_2_1_keep_the_order(straight, place, tmp_path):
 
 @pytest.mark.parametrize(
     ("world", "overrides"),
-    [(2, []), (2, ["parallel.tp=2"]), (2, ["parallel.pp=2"]), (4, ["parallel.dp_replicate=2", "parallel.dp_shard=2"])],
+    [
+        (2, []),
+        (2, ["parallel.tp=2"]),
+        pytest.param(2, ["parallel.pp=2"], marks=pytest.mark.full),
+        pytest.param(4, ["parallel.dp_replicate=2", "parallel.dp_shard=2"], marks=pytest.mark.full),
+    ],
     ids=["fsdp", "tp", "pp", "hsdp"],
 )
 def test_layouts_train_the_same_model(straight, place, tmp_path, world, overrides):
