@@ -14,6 +14,7 @@ from torchft.checkpoint.reader import read_index
 from torchft.checkpoint.tensor_files import open_file
 from torchft.cli.main import main
 from torchft.models.build import read_config
+from torchft.train.validate import validate
 
 OPTIONS = [
     "model.init=weights",
@@ -139,6 +140,14 @@ def test_wrong_input(tmp_path: Path, base: Path, more: list[str], expected: str)
     with pytest.raises(ConfigError, match=expected.replace("[", r"\[")):
         run(argv(tmp_path / "run", base, "train.steps=2", *more))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_torch_cannot_compile_is_refused(tmp_path: Path, base: Path) -> None:
+    """Tensor parallelism, compiled blocks and full recomputation with an adapter; one process of the three goes on."""
+    more = ["train.steps=2", "compile.enabled=true", "memory.recompute=full"]
+    assert validate(load_recipe("lora_finetune"), argv(tmp_path, base, *more), 1) == []
+    problems = validate(load_recipe("lora_finetune"), argv(tmp_path, base, *more, "parallel.tp=2"), 2)
+    assert len(problems) == 1 and "memory.recompute" in problems[0]
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, base: Path) -> None:

@@ -170,6 +170,9 @@ def _check_method(cfg, spec: ModelSpec, mesh: Mesh, shape: Any) -> Iterator[Prob
     if isinstance(shape, LoraConfig) and shape.dropout and cfg.compile.enabled and cfg.memory.recompute != "none":
         expected = "0 where compiled blocks are run again (compile.enabled with memory.recompute)"
         yield Problem("adapter.dropout", str(shape.dropout), expected, "set compile.enabled=false or memory.recompute=none")
+    if mesh.degrees["tp"] > 1 and cfg.compile.enabled and cfg.memory.recompute == "full":
+        expected = "none or selective with compile.enabled, parallel.tp > 1 and an adapter: torch 2.13 can't compile the three together"
+        yield Problem("memory.recompute", "full", expected, "set memory.recompute=selective, or compile.enabled=false")
     if isinstance(shape, LoraConfig) and shape.init == "loftq" and (cfg.quant.format is None or stored_of(cfg, spec)):
         expected = "quant.format=nf4 or int8 over a plain model.path: LoftQ makes up for what quantising takes"
         yield Problem("adapter.init", "loftq", expected, "set quant.format=nf4, or adapter.init=default")
