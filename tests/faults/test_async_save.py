@@ -208,7 +208,7 @@ def test_kill_in_flight(point, victim, tmp_path, monkeypatch):
     """kill -9 of either rank at any point of the third save, in the background: one `latest`, a good one; a resume goes on from it."""
     monkeypatch.setenv("TORCHFT_FAULT", f"kill:{point}:rank={victim}:step=3")
     with pytest.raises(RuntimeError, match=f"rank {1 - victim}:"):
-        run_dist(save_steps, 2, "fsdp2", tmp_path, 3, timeout=20)
+        run_dist(save_steps, 2, "fsdp2", tmp_path, 3, timeout=60)
     monkeypatch.delenv("TORCHFT_FAULT")
     published = point in ("save.after_rename", "save.in_retention")
     whole = sorted(path for path in tmp_path.glob("step_*") if ".tmp-" not in path.name)

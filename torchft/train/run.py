@@ -125,7 +125,9 @@ class Run:
         model = {"family": spec.family, "layers": spec.num_layers, "hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size}
         model |= {"parameters": sum(math.prod(shape) for shape in weight_shapes(spec).values()), "seq_len": seq_len}
         self.record(model=model, num_steps=num_steps, resumed_step=self.step)
-        history.check_crash_loop(self._claim.earlier, self.cfg.train.max_crashes if self.restarted else 0, self.step)
+        limit = self.cfg.train.max_crashes
+        if self.restarted:
+            history.check_crash_loop(self._claim.earlier, limit, self.step)
         self.sinks.event("attempt", self.step, died_at=self._claim.earlier.last_step, ended_by=self._claim.earlier.ended_by)
         left = f"steps {self.step + 1} to {num_steps}" if self.step < num_steps else f"all {num_steps} steps are done"
         logger.info("%s on %s, %s", left, self.mesh.describe(), self.world.device.type)
