@@ -22,6 +22,7 @@ import torch.distributed.tensor.parallel
 from torchft.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 
 _POOLS: dict[int, "Pool"] = {}
+CALLS = 16  # of a pool's ranks: each may make groups, whose threads wake up a hundred times a second as long as the process lives
 
 
 def run_pooled(fn: Callable, world_size: int, *args: Any, timeout: float = 100) -> list:
@@ -31,8 +32,18 @@ def run_pooled(fn: Callable, world_size: int, *args: Any, timeout: float = 100) 
     """
     pool = _POOLS.pop(world_size, None) or Pool(world_size)
     results = pool.run(fn, args, timeout)
-    _POOLS[world_size] = pool
+    pool.calls_left -= 1
+    if pool.calls_left:
+        _POOLS[world_size] = pool
+    else:
+        pool.end()
     return results
+
+
+def end_pools() -> None:
+    """Ends all ranks that stay: the next call of `run_pooled` forks new ones."""
+    while _POOLS:
+        _POOLS.popitem()[1].end()
 
 
 def mesh_of(cfg: ParallelConfig, world: int, *, device: str = "cpu", mixed: bool = False) -> Mesh:
@@ -61,6 +72,12 @@ class Pool:
         ]
         for worker in self.workers:
             worker.start()
+        self.calls_left = CALLS
+
+    def end(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
 
     def run(self, fn: Callable, args: tuple, timeout: float) -> list:
         """fn(*args) on each rank; the results by rank."""
@@ -69,8 +86,7 @@ class Pool:
         try:
             return _collect(self.results, len(self.workers), timeout)
         except BaseException:
-            for worker in self.workers:
-                worker.kill()
+            self.end()
             raise
 
 
