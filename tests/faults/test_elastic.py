@@ -42,13 +42,19 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_killed_ranks_come_back(straight, cache, tmp_path):
-    """Rank 1 is killed in step 6, rank 0 in the save of step 8 of the second attempt: torchrun starts all again, and the exported weights
+    """Rank 1 is killed in step 6, rank 0 in the save of step 8 of the second attempt: torchft run has all started again, with the code of
+    the last attempt, though resume=none would start at zero; the exported weights
     have the bits of the undisturbed run. The summary books what was lost and the restarts."""
     folder = tmp_path / "run"
-    command = [*TORCHRUN, "2", "--standalone", "--max-restarts", "4", str(ROOT / "recipes/full_finetune.py")]
+    code = "import sys; from torchft.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "run", "full_finetune", "--nproc", "2", "--max-restarts", "4", "--no-check"]
     faults = "kill:step:rank=1:step=6:attempt=0, kill:save.mid_data:rank=0:step=8:attempt=1"
     done = subprocess.run(
-        [*command, *arguments(folder, cache, *OPTIONS)], capture_output=True, text=True, timeout=250, env=environment(TORCHFT_FAULT=faults)
+        [*command, *arguments(folder, cache, *OPTIONS, "checkpoint.resume=none")],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=environment(TORCHFT_FAULT=faults),
     )
     assert done.returncode == 0, done.stderr
     ours, want = exported(folder), exported(straight)
@@ -117,3 +123,15 @@ def children(pid: int) -> list[int]:
     """The processes that one has started."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for path in tasks for child in path.read_text().split()]
+
+
+@pytest.mark.full
+def test_a_time_limit_is_not_started_again(cache, tmp_path):
+    """train.time_limit_s under --max-restarts: saved, 75, and the restarts, which torchrun makes, end with 75 before they train."""
+    folder, code = tmp_path / "run", "import sys; from torchft.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "run", "full_finetune", "--nproc", "2", "--max-restarts", "2", "--no-check"]
+    argv = arguments(folder, cache, "train.steps=5000", "validate.every_steps=0", "train.time_limit_s=3")
+    done = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=250, env=environment())
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("NotRestarted: not restarted: the attempt before ended with 75") >= 2
+    assert (folder / "events.jsonl").read_text().count('"attempt"') == 1

@@ -87,11 +87,12 @@ def test_same_deaths_by_hand(attempts, want, tmp_path):
         (2, "DataError: x", False),
         (78, "OutOfMemory: x", False),
         (79, "NumericError: x", False),
-        (81, "CrashLoop: x", False),
+        (75, "NotRestarted: x", False),
     ],
 )
 def test_what_a_launcher_should_not_start_again(code, reason, again, tmp_path):
-    """An end that another attempt would only repeat is kept to, with its own exit code; a dead rank or a signal is gone on from."""
+    """An end that another attempt would only repeat is kept to, with its own exit code, also by the restart after that; a dead rank or a
+    signal is gone on from."""
     (tmp_path / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
     earlier = history.read(tmp_path)
     if again:

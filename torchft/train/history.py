@@ -17,7 +17,7 @@ from torchft.train.failure import MARKER, MEANINGS
 from torchft.train.stop import TIME_LIMIT
 
 GOODPUT = "goodput.json"
-NOT_AGAIN = (2, 78, 79, 81)  # exit codes that another attempt would only repeat
+NOT_AGAIN = (2, 78, 79)  # exit codes that another attempt would only repeat
 KEPT = 16  # checkpoints whose goodput is kept
 
 
@@ -72,7 +72,8 @@ def read(folder: Path) -> Earlier:
 def check_restart(earlier: Earlier) -> None:
     """Raises NotRestarted, on all ranks, in a restart by a launcher after an end that another attempt would meet again: the launcher can't
     tell it from a dead rank. A stop by a signal is none: it may have been meant for a node that leaves, and the others go on."""
-    code = agree(earlier.code if earlier.code in NOT_AGAIN or earlier.ended_by == TIME_LIMIT else 0)
+    final = earlier.code in NOT_AGAIN or earlier.ended_by in (TIME_LIMIT, NotRestarted.__name__)
+    code = agree(earlier.code if final else 0)
     if code:
         raise NotRestarted(
             f"not restarted: the attempt before ended with {code}, {MEANINGS[code]}\n  given:    a restart by the launcher\n"
