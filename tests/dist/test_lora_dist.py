@@ -3,6 +3,7 @@
 `make test` runs one layout of each axis and dp x tp in fp64; all the rest is of `make test-full`.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -74,9 +75,14 @@ def train(
     return steps(parts, trained, global_steps(5))
 
 
-def steps(parts: Parts, trained: dict, batches: list[list[Batch]]) -> tuple[dict, dict, list[float]]:
-    """AdamW over all ranks' batches of some steps: gradients of the first, weights after the last, losses."""
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, eps=1e-6, weight_decay=0.1, fused=True)
+def steps(
+    parts: Parts, trained: dict, batches: list[list[Batch]], prepare: Callable[[torch.optim.Optimizer], None] | None = None
+) -> tuple[dict, dict, list[float]]:
+    """AdamW over all ranks' batches of some steps: gradients of the first, weights after the last, losses. prepare: hooks that come first."""
+    groups = [{"params": list(trained.values())}]  # a stage may have nothing to train
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-6, weight_decay=0.1, fused=True)
+    if prepare:
+        prepare(optimizer)
     grads: dict[str, torch.Tensor] = {}
 
     def keep(*_) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.dist.test_lora_dist import SEED, compare, full, steps
-from tests.helpers.dist import run_pooled
+from tests.helpers.dist import mesh_of, run_pooled
 from tests.helpers.tiny import global_steps, tiny_llama
 from torchft.batch import Batch, NoiseKey, SampleId
 from torchft.checkpoint.adapters import load_adapter, save_adapter
@@ -51,7 +51,7 @@ def build(world: int, parallel: dict, kind: str, recompute: bool = False):
     tied, options = KINDS[kind]
     spec, cfg = tiny_llama(tied=tied, qkv_bias=True, num_layers=2), ParallelConfig(**parallel)
     lora = LoraConfig(rank=4, **options)
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
+    mesh = mesh_of(cfg, world)
     modules = build_stages(spec, mesh, torch.float64)
     apply_lora(modules, lora)
     memory = MemoryConfig(recompute="full" if recompute else "none")

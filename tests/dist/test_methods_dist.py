@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from tests.dist.test_lora_dist import compare, full
-from tests.helpers.dist import run_pooled
+from tests.dist.test_lora_dist import compare, steps
+from tests.helpers.dist import mesh_of, run_pooled
 from tests.helpers.tiny import global_steps, of_rank, tiny_llama
 from torchft.batch import Batch
 from torchft.losses.cross_entropy import CrossEntropy
@@ -47,7 +47,7 @@ def train(world: int, parallel: dict, method: str) -> tuple[dict, dict, list[flo
     """Gradients of the first step, weights after the third, losses."""
     base, cfg, adapter = tiny_llama(qkv_bias=True), ParallelConfig(**parallel), METHODS[method]
     spec = grown(base, adapter)
-    mesh = build_mesh(resolve_degrees(cfg, world), torch.device("cpu"))
+    mesh = mesh_of(cfg, world)
     modules = build_stages(spec, mesh, torch.float64)
     apply_adapter(modules, adapter)
     parts = parallelize(modules, mesh, cfg, precision=PrecisionConfig(params="fp64"))
@@ -58,23 +58,9 @@ def train(world: int, parallel: dict, method: str) -> tuple[dict, dict, list[flo
     move(named)
     trained = {name: p for name, p in named if p.requires_grad}
     assert trained.keys() <= parts.trainable and (method == "llama_pro" or all(map(is_adapter, trained)))
-    optimizer = torch.optim.AdamW([{"params": list(trained.values())}], lr=1e-3, eps=1e-6, weight_decay=0.1, fused=True)
-    if method == "lora_fa":
-        project_gradients(optimizer, parts.modules)
-    grads: dict[str, torch.Tensor] = {}
-
-    def keep(*_) -> None:
-        if not grads:
-            grads.update({name: full(p.grad) for name, p in trained.items()})
-
-    optimizer.register_step_pre_hook(keep)
-    losses = []
-    for batches in global_steps(3):
-        batches = [begun(batch, num_virtual_of(adapter)) for batch in batches]
-        mine = of_rank(batches, mesh.dp_rank, mesh.dp_size)
-        stats = train_step(parts, mine, CrossEntropy(), optimizer, max_norm=0.05, nonfinite=NonFinite())
-        losses.append(parts.reduce_metrics(stats.metrics)["loss"])
-    return grads, {name: full(p) for name, p in trained.items()}, losses
+    batches = [[begun(batch, num_virtual_of(adapter)) for batch in step] for step in global_steps(3)]
+    prepare = (lambda optimizer: project_gradients(optimizer, parts.modules)) if method == "lora_fa" else None
+    return steps(parts, trained, batches, prepare)
 
 
 def begun(batch: Batch, count: int) -> Batch:
