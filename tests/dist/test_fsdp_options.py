@@ -62,9 +62,12 @@ def asked_ahead(fsdp: FsdpConfig) -> tuple[list[list[int]], list[list[int]], lis
 
 
 def test_blocks_are_asked_for_ahead_and_freed():
-    """4 blocks: by default the forward asks for none and the backward for one; prefetch 2 asks for two; no reshard keeps all."""
+    """4 blocks: by default the forward asks for none, the backward for one, and the last stays; prefetch 2 asks for two; no reshard
+    keeps all, reshard none."""
     for forward, backward, whole in run_pooled(asked_ahead, 2, FsdpConfig()):
-        assert forward == [[], [], [], []] and backward == [[2], [1], [0], []] and not any(whole)
+        assert forward == [[], [], [], []] and backward == [[2], [1], [0], []] and whole == [False, False, False, True]
+    for *_, whole in run_pooled(asked_ahead, 2, FsdpConfig(reshard_after_forward=True)):
+        assert not any(whole)
     for forward, backward, _ in run_pooled(asked_ahead, 2, FsdpConfig(forward_prefetch=2, backward_prefetch=2)):
         assert forward == [[1, 2], [2, 3], [3], []] and backward == [[1, 2], [0, 1], [0], []]
     for forward, _, whole in run_pooled(asked_ahead, 2, FsdpConfig(reshard_after_forward=False)):

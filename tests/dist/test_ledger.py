@@ -51,15 +51,16 @@ def of(seen: dict, axis: str, *words: str) -> tuple[int, int]:
     return sum(count for count, _ in chosen), sum(size for _, size in chosen)
 
 
-@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("reshard", [None, True, False])
 @pytest.mark.parametrize("every", [True, False])
-def test_fully_sharded(reshard: bool, every: bool):
-    """n micro-batches of L blocks: gathers n (2 L + 1), n (L + 1) if blocks stay whole; reductions L + 1, a step and not a micro-batch."""
+def test_fully_sharded(reshard: bool | None, every: bool):
+    """n micro-batches of L blocks: gathers 2 n L, n (2 L + 1) if the last block is freed too, n (L + 1) if all stay whole; reductions L + 1, a step and not a micro-batch."""
     fsdp = FsdpConfig(reshard_after_forward=reshard, sync_every_micro_batch=every)
     block, rest = sizes()
-    n, times, reduced = 2, 2 if reshard else 1, 2 if every else 1
+    n, reduced = 2, 2 if every else 1
+    gathered = {None: 2 * LAYERS - 1, True: 2 * LAYERS, False: LAYERS}[reshard]  # blocks in a micro-batch
     for seen in run_pooled(lines, 2, {"fsdp": fsdp}):
-        assert of(seen, "fsdp", "gather") == (n * (times * LAYERS + 1), n * (times * LAYERS * block + rest))
+        assert of(seen, "fsdp", "gather") == (n * (gathered + 1), n * (gathered * block + rest))
         assert of(seen, "fsdp", "reduce_scatter") == (reduced * (LAYERS + 1), reduced * (LAYERS * block + rest))
 
 

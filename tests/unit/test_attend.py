@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torchft.errors import ConfigError
 from torchft.generate.generate import generate
 from torchft.generate.sampling import SamplingConfig
 from torchft.models.decoder import build_decoder
+from torchft.models.layers import attend_blocks
 from torchft.models.layers.attend import CORES, VarlenCore, build_core, check_core, choose_core
 from torchft.models.spec import AttentionSpec, LayerSpec
 
@@ -111,6 +113,40 @@ def test_soft_cap(name, window):
     assert max(map(relative_error, got, want)) < 1e-12
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("kind", ["packed", "plain", "cache"])
+def test_eager_in_many_blocks(kind, window, softcap, monkeypatch):
+    """Blocks of 16 queries, the last one shorter, read the keys that one of them sees, and no others."""
+    monkeypatch.setitem(attend_blocks.BYTES, "cpu", 1)
+    spec, b, t = replace(SPEC, softcap=softcap), 2, 72
+    documents, index = torch.zeros(b, t, dtype=torch.int32), torch.arange(t, dtype=torch.int32)
+    layout = packed_batch(3, t=t).layout() if kind == "packed" else Layout(documents, documents, index, index, kind == "plain")
+    if kind == "cache":
+        layout = replace(layout, doc_q=documents[:, -40:], index_q=index[-40:])
+    bounds = build_core("eager", spec).prepare(layout, window).bounds.tolist()
+    assert [hi - lo for lo, hi, *_ in bounds] == ([16, 16, 8] if kind == "cache" else [16, 16, 16, 16, 8])
+    seen = layout.dense(window).any(0)[0]
+    for lo, hi, first, end in bounds:
+        assert seen[lo:hi].any(0).nonzero().aminmax() == (first, end - 1)
+    qkv = random_qkv(b, layout.doc_q.shape[1], t, spec)
+    want = reference(spec, layout, window, qkv)
+    for skip in (True, False):
+        core = build_core("eager", spec)
+        core.prepare = partial(attend_blocks.blocks_of, num_heads=spec.num_heads, skip=skip)
+        assert max(map(relative_error, run(core, layout, window, qkv), want)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_narrow_numbers(name):
+    """bf16: scores are not rounded to 8 bits before the softmax, which would triple the error at scores of this size."""
+    layout = packed_batch(3).layout()
+    wide = [(x.detach() * 4).bfloat16().double().requires_grad_() for x in random_qkv(2, 32, 32, SPEC)]
+    core = build_core(name, SPEC)
+    got, want = core(*(x.detach().bfloat16() for x in wide), core.prepare(layout, None)), reference(SPEC, layout, None, wide)[0]
+    assert relative_error(got.double(), want) < 4e-3
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("queries", [1, 6])
 @pytest.mark.parametrize("name", ["sdpa", "eager", "flex"])
@@ -180,8 +216,9 @@ def test_varlen_compiles_for_all_packs_at_once():
 
 
 def test_auto_is_the_fused_kernel_wherever_it_can_compute_the_model():
-    """And eager for capped scores; a named core is that core, in every layer."""
+    """And eager for capped scores and to train on a CPU; a named core is that core, in every layer."""
     assert choose_core("auto", SPEC) == "sdpa" and choose_core("auto", replace(SPEC, softcap=2.0)) == "eager"
+    assert choose_core("auto", SPEC, "cuda") == "sdpa" and choose_core("auto", SPEC, "cpu") == "eager"
     for name, kind in CORES.items():
         model = build_decoder(tiny_llama(), core=name)
         assert {type(block.self_attn.core) for block in model.layers.values()} == {kind}

@@ -54,7 +54,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_bit_equal_and_runs_again_what_it_says(mode: str) -> None:
-    """Of 4 blocks: how many run their activation a second time, and how many their matrix products."""
+    """Of 4 blocks: how many run their activation a second time, and how many their matrix products and attention."""
     memory, again, matmuls = MODES[mode]
     expected, before = gradients(MemoryConfig())
     got, after = gradients(memory)
@@ -62,6 +62,8 @@ def test_bit_equal_and_runs_again_what_it_says(mode: str) -> None:
     aten = torch.ops.aten
     assert after[aten.silu.default] - before[aten.silu.default] == again
     assert (after[aten.mm.default] - before[aten.mm.default]) == matmuls * 6  # q, k, v, o, gate, up; down's output is not needed
+    attend = torch.ops.torchft.attend_blocks.default
+    assert before[attend] == 4 and after[attend] - before[attend] == matmuls
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

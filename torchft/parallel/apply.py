@@ -41,16 +41,13 @@ def parallelize(
     needs_mesh = precision.is_mixed or parallel.fsdp.cpu_offload
     assert mesh.device_mesh is not None or not needs_mesh, "mixed precision and offload need a mesh: build_mesh(..., mixed=True)"
     trainable = {name for module in modules for name, p in module.named_parameters() if p.requires_grad}
-    reshard = parallel.fsdp.reshard_after_forward
     for module in modules:
         if mesh.degrees["tp"] > 1:
             apply_tp(module, mesh.axis("tp"), sequence_parallel=parallel.sequence_parallel)
         apply_recompute(module, memory)
         apply_compile(module, compile, mesh.group("tp") if parallel.async_tp else None)
         if mesh.device_mesh is not None:
-            apply_fsdp(
-                module, mesh, precision, parallel.fsdp, reshard_after_forward=mesh.degrees["pp"] == 1 if reshard is None else reshard
-            )
+            apply_fsdp(module, mesh, precision, parallel.fsdp)
         module.to_empty(device="cpu" if parallel.fsdp.cpu_offload else mesh.device)
     tokens_over = mesh.degrees["tp"] if parallel.sequence_parallel else 1
     pipeline = Pipeline(modules, mesh, parallel, precision.compute_dtype, tokens_over) if mesh.degrees["pp"] > 1 else None

@@ -49,16 +49,20 @@ class PrecisionConfig:
         return DTYPES[self.compute or self.params]
 
 
-def apply_fsdp(model: Decoder, mesh: Mesh, cfg: PrecisionConfig, fsdp: FsdpConfig, *, reshard_after_forward: bool) -> None:
+def apply_fsdp(model: Decoder, mesh: Mesh, cfg: PrecisionConfig, fsdp: FsdpConfig) -> None:
     """Shards each block and then the root (embedding, final norm, heads), in place."""
     reduce = DTYPES[cfg.reduce] if cfg.reduce else (torch.float32 if cfg.compute_dtype.itemsize < 4 else None)
     policy = MixedPrecisionPolicy(param_dtype=cfg.compute_dtype if cfg.is_mixed else None, reduce_dtype=reduce)
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if fsdp.cpu_offload else OffloadPolicy()
     options = {"mesh": mesh.fsdp, "mp_policy": policy, "offload_policy": offload}
-    for block in model.layers.values():
-        fully_shard(block, **options, reshard_after_forward=reshard_after_forward)
+    blocks = list(model.layers.values())
+    for block in blocks:
+        by_default = mesh.degrees["pp"] == 1 and block is not blocks[-1]  # the last one's backward comes at once
+        fully_shard(
+            block, **options, reshard_after_forward=by_default if fsdp.reshard_after_forward is None else fsdp.reshard_after_forward
+        )
     fully_shard(model, **options, reshard_after_forward=False)
-    _prefetch(list(model.layers.values()), fsdp)
+    _prefetch(blocks, fsdp)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

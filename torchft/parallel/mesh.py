@@ -26,7 +26,9 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 @dataclass
 class FsdpConfig:
-    reshard_after_forward: bool | None = None  # free gathered parameters between forward and backward; null: yes, but not under pp
+    reshard_after_forward: bool | None = (
+        None  # free gathered parameters between forward and backward; null: all but the last block's, none under pp
+    )
     sync_every_micro_batch: bool = False  # reduce gradients after each micro-batch: no whole gradients (4 bytes a parameter) are kept
     forward_prefetch: int = 0  # blocks whose parameters are asked for before a block's forward begins; 0: each when its turn comes
     backward_prefetch: int = 1  # blocks asked for ahead in backward; more hides slower links and holds more memory

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torchft.batch import Batch, Group
 from torchft.compat import forward_schedule, run_microbatches
 from torchft.models.decoder import Decoder, build_decoder
+from torchft.models.layers.attend import choose_core
 from torchft.models.spec import ModelSpec
 from torchft.parallel.mesh import Mesh, ParallelConfig
 from torchft.parallel.schedules import SCHEDULES, Schedule, num_stages
@@ -34,8 +35,8 @@ MAX_SCHEDULES = 4  # kept at once; each holds receive buffers for its shape
 def build_stages(
     spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, core: str = "auto", parallel: ParallelConfig | None = None
 ) -> list[Decoder]:
-    """This rank's stages, ascending, on meta. core: the attention core. parallel: schedule and split; None: its defaults."""
-    parallel = parallel or ParallelConfig()
+    """This rank's stages, ascending, on meta. core: the attention core, auto by device. parallel: None: its defaults."""
+    parallel, core = parallel or ParallelConfig(), choose_core(core, spec.attention, mesh.device.type)
     pp = mesh.degrees["pp"]
     count = num_stages(parallel.schedule, pp, parallel.pp_stages_per_rank) if pp > 1 else 1
     ranges = stage_ranges(spec, count, parallel.pp_split if pp > 1 else ())

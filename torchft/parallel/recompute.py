@@ -28,6 +28,7 @@ KEPT = [  # whose outputs `selective` keeps
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.higher_order.flex_attention,
+    torch.ops.torchft.attend_blocks.default,
 ]
 
 

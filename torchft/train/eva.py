@@ -68,7 +68,7 @@ def _first_batches(cfg, mesh: Mesh, text: Text, tokens: Tokens) -> Iterator[Batc
 
 def _write_start(cfg, spec: ModelSpec, folder: Path, batches: Iterable[Batch], base: dict[str, str], device: torch.device) -> None:
     dtype = DTYPES[cfg.precision.params]
-    model = build_decoder(spec, core=choose_core(cfg.model.attention, spec.attention), device=device, dtype=dtype)
+    model = build_decoder(spec, core=choose_core(cfg.model.attention, spec.attention, device.type), device=device, dtype=dtype)
     copy_weights(((name, p.data) for name, p in model.named_parameters()), open_weights(cfg.model.path, spec).tensors)
     eva = find_eva(model, (batch.to(device) for batch in batches), cfg.adapter, cfg.adapter.eva.rho)
     tensors = {}

@@ -68,7 +68,9 @@ class ModelConfig:
     train: list[str] = field(default_factory=list)  # parameters to train: globs on names, first:N, last:N (layers); empty: all
     freeze: list[str] = field(default_factory=list)  # parameters to freeze of those, written the same way
     vocab: VocabConfig = field(default_factory=VocabConfig)  # more tokens than model.path has, and padding of the vocabulary
-    attention: Literal["auto", "sdpa", "eager", "flex", "varlen"] = "auto"  # attention core; auto: sdpa, eager if the model caps scores
+    attention: Literal["auto", "sdpa", "eager", "flex", "varlen"] = (
+        "auto"  # attention core; auto: eager on a CPU and if the model caps scores, else sdpa
+    )
 
     def check(self) -> Iterator[Problem]:
         if bool(self.path) == bool(self.family):
@@ -260,7 +262,7 @@ def check_schedule(given: dict[str, Any], saved: dict[str, Any]) -> None:
 
 def build_parts(cfg, spec: ModelSpec, mesh: Mesh) -> Parts:
     """The parallelised model, allocated, its values not yet set."""
-    core = choose_core(cfg.model.attention, spec.attention)
+    core = choose_core(cfg.model.attention, spec.attention, mesh.device.type)
     log.info("attention: %s", core)
     modules = build_stages(spec, mesh, DTYPES[cfg.precision.params], core, cfg.parallel)
     quantise(cfg, spec, modules)

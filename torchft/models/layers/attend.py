@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchft.batch import Layout
-from torchft.dtypes import NAMES, upcast
+from torchft.dtypes import NAMES
 from torchft.errors import Problem
+from torchft.models.layers.attend_blocks import Blocks, attend_blocks, blocks_of
 from torchft.models.spec import AttentionSpec
 
 
@@ -43,25 +44,21 @@ class SdpaCore(nn.Module):
 
 
 class EagerCore(nn.Module):
-    """Written out, scores held whole in at least fp32 (b, heads, tq, tk): for what the fused kernels lack, Gemma 2's soft-cap."""
+    """Written out by blocks of queries, scores in at least fp32: the fastest on a CPU. It has what the fused kernels lack, Gemma 2's
+    soft-cap."""
 
     def __init__(self, spec: AttentionSpec):
         super().__init__()
         self.scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        self.softcap = spec.softcap
+        self.softcap, self.num_heads = spec.softcap, spec.num_heads
 
-    def prepare(self, layout: Layout, window: int | None) -> Tensor:
-        """The mask (b, 1, tq, tk), True = may attend."""
-        return layout.dense(window)
+    def prepare(self, layout: Layout, window: int | None) -> Blocks:
+        """The blocks, and what their queries may not see."""
+        return blocks_of(layout, window, self.num_heads)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
-        """As SdpaCore. A group of query heads reads its key/value head without a copy of it."""
-        groups = (k.shape[1], q.shape[1] // k.shape[1])
-        scores = upcast(q.unflatten(1, groups) @ k[:, :, None].transpose(-1, -2)) * self.scale  # (b, kv_heads, group, tq, tk)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(~prepared[:, None], float("-inf"))
-        return (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Blocks) -> Tensor:
+        """As SdpaCore."""
+        return attend_blocks(q, k, v, prepared.bounds, prepared.hidden, self.scale, self.softcap)
 
 
 class FlexCore(nn.Module):
@@ -122,13 +119,13 @@ CORES = {"sdpa": SdpaCore, "eager": EagerCore, "flex": FlexCore, "varlen": Varle
 
 
 def build_core(name: str, spec: AttentionSpec) -> nn.Module:
-    """The core of this name; "auto" is chosen by the spec."""
+    """The core of this name; "auto" is chosen by the spec alone."""
     return CORES[choose_core(name, spec)](spec)
 
 
-def choose_core(name: str, spec: AttentionSpec) -> str:
-    """A name of CORES. "auto": SDPA wherever it can compute the model, else eager, which computes all."""
-    return name if name != "auto" else "sdpa" if spec.softcap is None else "eager"
+def choose_core(name: str, spec: AttentionSpec, device: str = "") -> str:
+    """A name of CORES. "auto": to train on a CPU eager, which is faster there; else SDPA wherever it can compute the model."""
+    return name if name != "auto" else "sdpa" if spec.softcap is None and device != "cpu" else "eager"
 
 
 def check_core(name: str, spec: AttentionSpec, device: str, dtype: torch.dtype) -> Iterator[Problem]:
