@@ -37,8 +37,8 @@ class DoraMixin(LoraMixin):
         inner = super(LoraMixin, self).forward(holed)
         inner = inner if self.bias is None else inner - self.bias
         if self.starts_at_weights:
-            base, inner = (y - self.lora_factor * self.start_product(z) for y, z in ((base, x), (inner, holed)))
-        return base + (scale - 1) * inner + scale * (self.lora_factor * self.product(holed))
+            base, inner = (y - self.start_product(z) for y, z in ((base, x), (inner, holed)))
+        return base + (scale - 1) * inner + scale * self.product(holed)
 
     def train(self, mode: bool = True) -> "DoraMixin":
         self._kept = None

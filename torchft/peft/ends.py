@@ -32,7 +32,7 @@ class EmbeddingMixin:
         if not self.adapter_on:
             return y
         rows = _whole(F.embedding(tokens, self.lora_a.t()))  # (b, t, r)
-        return _whole(y) + self.scaled(self.lora_factor * F.linear(rows, self.lora_b))
+        return _whole(y) + self.scaled(F.linear(self.lora_factor * rows, self.lora_b))
 
 
 class HeadMixin(LoraMixin):

@@ -35,15 +35,16 @@ class LoraMixin:
     def update(self, x: Tensor) -> Tensor:
         """What the adapter adds: (..., in) -> (..., out)."""
         y = self.product(self.dropped(x))
-        return self.lora_factor * (y - self.start_product(x) if self.starts_at_weights else y)
+        return y - self.start_product(x) if self.starts_at_weights else y
 
     def product(self, x: Tensor) -> Tensor:
-        """B A x + the bias of B, if it has one."""
-        return F.linear(F.linear(x, self.lora_a), self.lora_b, getattr(self, "lora_bias", None))
+        """s (B A x + the bias of B, if it has one); s is multiplied where there are r numbers a token."""
+        bias = getattr(self, "lora_bias", None)
+        return F.linear(self.lora_factor * F.linear(x, self.lora_a), self.lora_b, bias if bias is None else self.lora_factor * bias)
 
     def start_product(self, x: Tensor) -> Tensor:
-        """B0 A0 x."""
-        return F.linear(F.linear(x, self.lora_start_a), self.lora_start_b)
+        """s B0 A0 x."""
+        return F.linear(self.lora_factor * F.linear(x, self.lora_start_a), self.lora_start_b)
 
     def dropped(self, x: Tensor) -> Tensor:
         """x with holes, in training with dropout."""
