@@ -13,8 +13,11 @@ quickstart: $(INSTALLED)
 pretrain: $(INSTALLED)
 	$(PY) scripts/pretrain_demo.py
 
+# What starts several ranks goes one test at a time; the rest in two processes. Fails if either part does, after both.
+RANKS := tests/dist tests/faults tests/gpu
 test: $(INSTALLED)
-	$(PY) -m pytest -m "not full"
+	$(PY) -m pytest -m "not full" $(RANKS); ranks=$$?; \
+	$(PY) -m pytest -m "not full" -n 2 --dist loadfile $(addprefix --ignore=,$(RANKS)) && exit $$ranks
 
 test-full: $(INSTALLED)
 	$(PY) -m pytest

@@ -15,6 +15,7 @@ from torchft.errors import CheckpointError
 from torchft.generate.generate import generate
 from torchft.generate.sampling import SamplingConfig
 from torchft.models.build import read_config
+from torchft.peft.linear import adapters_off
 from torchft.peft.prefix import PrefixConfig
 from torchft.peft.virtual import PromptConfig, PTuningConfig, virtual_ids
 
@@ -67,6 +68,21 @@ def test_logits_and_gradients(tmp_path, kind, name):
         assert relative_error(run(again, begun(tokens))[:, N:], expected) <= 1e-5
     set_adapter(again, None)
     assert torch.equal(run(again, tokens), run(ours(tmp_path / "base"), tokens))
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "prefix"])
+def test_switched_off_the_model_is_its_base(tmp_path, kind):
+    """Over batches without virtual tokens, logits and generation; a batch with them is refused."""
+    hf_model(tmp_path / "base", "llama")
+    model, base, tokens = adapted(tmp_path / "base", CONFIGS[kind]), ours(tmp_path / "base"), torch.randint(0, 96, (2, T))
+    greedy = SamplingConfig(temperature=0, max_new_tokens=6)
+    before = run(model, begun(tokens))
+    with adapters_off([model]):
+        assert torch.equal(run(model, tokens), run(base, tokens))
+        assert generate(model, [[5, 6, 7]], cfg=greedy)[0].tokens == generate(base, [[5, 6, 7]], cfg=greedy)[0].tokens
+        with pytest.raises(ValueError, match="without them"):
+            run(model, begun(tokens))
+    assert torch.equal(run(model, begun(tokens)), before)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "p_tuning", "prefix"])

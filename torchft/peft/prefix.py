@@ -33,9 +33,10 @@ class PrefixConfig:
 
 
 class PrefixMixin:
-    """Goes before the class of an attention core."""
+    """Goes before the class of an attention core. Under `adapters_off` it is the core, for batches without virtual tokens."""
 
     TP_DIMS = {"prefix_k": (1, None), "prefix_v": (1, None)}
+    adapter_on = True
 
     def prepare(self, layout: Layout, window: int | None) -> tuple[Any, Tensor]:
         """The core's own mask, and the place of every key within its document, (b, tk)."""
@@ -44,6 +45,8 @@ class PrefixMixin:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: tuple[Any, Tensor]) -> Tensor:
         """As the core, after virtual keys and values were put in."""
         inner, place = prepared
+        if not self.adapter_on:
+            return super().forward(q, k, v, inner)
         return super().forward(q, self._put(k, self.prefix_k, place), self._put(v, self.prefix_v, place), inner)
 
     def _put(self, x: Tensor, prefix: Tensor, place: Tensor) -> Tensor:

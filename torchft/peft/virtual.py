@@ -52,12 +52,16 @@ class PTuningConfig:
 
 
 class VirtualMixin:
-    """Goes before the class of `embed_tokens`: ids below 0 are virtual, -1 the first."""
+    """Goes before the class of `embed_tokens`: ids below 0 are virtual, -1 the first. Under `adapters_off` there must be none: the base is
+    the model over batches without them."""
 
     TP_DIMS = {name: (None, None) for name in ("prompt_tokens", *MLP)}
+    adapter_on = True
     num_virtual: int
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if not self.adapter_on and bool((tokens < 0).any()):
+            raise ValueError("adapters_off over a batch with virtual tokens (ids below 0): the base reads batches made without them")
         h = super().forward(tokens.clamp(min=0))
         if not hasattr(self, "prompt_tokens"):
             return h  # prefix tuning, which puts keys and values there
@@ -132,8 +136,8 @@ def fill_normal(name: str, parameter: Tensor, seed: int) -> None:
 
 
 def num_virtual(model: nn.Module) -> int:
-    """Virtual tokens that each document must begin with."""
-    return next((module.num_virtual for module in model.modules() if isinstance(module, VirtualMixin)), 0)
+    """Virtual tokens that each document must begin with; under `adapters_off` none."""
+    return next((module.num_virtual for module in model.modules() if isinstance(module, VirtualMixin) and module.adapter_on), 0)
 
 
 def virtual_ids(count: int) -> list[int]:

@@ -5,7 +5,8 @@
     frozen weights that are not quantised: the compute precision; an adapter: fp32 (precision.params), as much again for its gradient and
     twice for AdamW
 
-Activations and gathered blocks come on top (docs/quantization.md has an example). All of it is divided over dp_shard x tp, which shards
+Activations and gathered blocks come on top (docs/quantization.md has an example), and so do copies of modules_to_save and trained rows of
+the vocabulary, each 16 bytes a number in fp32. All of it is divided over dp_shard x tp, which shards
 every matrix; norms and the adapter's narrow sides are so small that the closed form divides them too.
 """
 
