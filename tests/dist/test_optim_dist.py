@@ -99,7 +99,7 @@ def test_resume_on_two_ranks_is_bit_equal(cfg: OptimConfig, layout: dict, tmp_pa
         assert same_weights and same_state
 
 
-def _quantised_on_two_ranks(folder: Path) -> tuple[bool, list[str]]:
+def _quantised_on_two_ranks(folder: Path, dtype: torch.dtype) -> tuple[bool, list[str]]:
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -110,7 +110,7 @@ def _quantised_on_two_ranks(folder: Path) -> tuple[bool, list[str]]:
     runs = []
     for seed in (0, 1):
         shapes = {"even.weight": (64, 128), "uneven.weight": (65, 128)}
-        named = {n: nn.Parameter(distribute_tensor(torch.zeros(s), mesh, [Shard(0)])) for n, s in shapes.items()}
+        named = {n: nn.Parameter(distribute_tensor(torch.zeros(s, dtype=dtype), mesh, [Shard(0)])) for n, s in shapes.items()}
         for name, p in named.items():
             fill(p, "init", name)
         parts = ToyParts(named, frozenset(named))
@@ -124,7 +124,7 @@ def _quantised_on_two_ranks(folder: Path) -> tuple[bool, list[str]]:
             if step > 2 or seed == 0:
                 for name, p in named.items():
                     full = torch.randn(p.shape, generator=torch.Generator().manual_seed(step + len(name)))
-                    p.grad = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None)
+                    p.grad = distribute_tensor(full.to(dtype), mesh, [Shard(0)], src_data_rank=None)
                 optimizer.step()
         state = [_plain(_inner(value)) for each in optimizer.state.values() for value in each.values()]
         runs.append(([p.full_tensor().detach() for p in named.values()], state))
@@ -134,9 +134,10 @@ def _quantised_on_two_ranks(folder: Path) -> tuple[bool, list[str]]:
     return same, sorted(optimizer_tensors(optimizer))
 
 
-def test_8_bit_state_is_saved_in_8_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_8_bit_state_is_saved_in_8_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     """Codes and scales of an evenly cut matrix are what the checkpoint holds; an uneven one keeps plain moments on all ranks alike."""
-    for same, names in run_pooled(_quantised_on_two_ranks, 2, tmp_path):
+    for same, names in run_pooled(_quantised_on_two_ranks, 2, tmp_path, dtype):
         assert same
         assert {"even.weight.exp_avg.codes", "even.weight.exp_avg.scale", "uneven.weight.exp_avg"} <= set(names)
         assert "uneven.weight.exp_avg.codes" not in names

@@ -35,7 +35,10 @@ class _Saved:
         """A moment of p; not quantised where ranks would decide differently (uneven shards) or blocks would cross rows' ends."""
         if isinstance(p, DTensor) and not _is_evenly_cut(p):
             return torch.zeros_like(p)
-        return super()._new_buffer(p, signed)
+        buffer = super()._new_buffer(p, signed)
+        if isinstance(p, DTensor) and hasattr(local := buffer.to_local(), "codes"):  # torchao's view, made on the way, forgets p's dtype
+            buffer = DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+        return buffer
 
     def split_state(self, key: str, value: Tensor) -> dict[str, Tensor]:
         """What a checkpoint keeps of one state tensor: of a quantised one its codes and scales, in place; the map is a constant."""
