@@ -118,23 +118,48 @@ def test_soft_cap(name, window):
 @pytest.mark.parametrize("kind", ["packed", "plain", "cache"])
 def test_eager_in_many_blocks(kind, window, softcap, monkeypatch):
     """Blocks of 16 queries, the last one shorter, read the keys that one of them sees, and no others."""
-    monkeypatch.setitem(attend_blocks.BYTES, "cpu", 1)
+    monkeypatch.setitem(attend_blocks.QUERIES, "cpu", 16 if kind == "plain" and window is None else 8)
     spec, b, t = replace(SPEC, softcap=softcap), 2, 72
     documents, index = torch.zeros(b, t, dtype=torch.int32), torch.arange(t, dtype=torch.int32)
     layout = packed_batch(3, t=t).layout() if kind == "packed" else Layout(documents, documents, index, index, kind == "plain")
     if kind == "cache":
         layout = replace(layout, doc_q=documents[:, -40:], index_q=index[-40:])
     bounds = build_core("eager", spec).prepare(layout, window).bounds.tolist()
-    assert [hi - lo for lo, hi, *_ in bounds] == ([16, 16, 8] if kind == "cache" else [16, 16, 16, 16, 8])
-    seen = layout.dense(window).any(0)[0]
-    for lo, hi, first, end in bounds:
-        assert seen[lo:hi].any(0).nonzero().aminmax() == (first, end - 1)
+    rows = 2 if kind == "plain" and window is None else 1
+    assert [hi - lo for *_, lo, hi, _, _ in bounds] == (b if rows == 1 else 1) * ([16, 16, 8] if kind == "cache" else [16, 16, 16, 16, 8])
+    seen = layout.dense(window)
+    for r0, r1, lo, hi, first, end in bounds:
+        assert seen[r0:r1, 0, lo:hi].flatten(0, 1).any(0).nonzero().aminmax() == (first, end - 1) and r1 - r0 == rows
     qkv = random_qkv(b, layout.doc_q.shape[1], t, spec)
     want = reference(spec, layout, window, qkv)
     for skip in (True, False):
         core = build_core("eager", spec)
         core.prepare = partial(attend_blocks.blocks_of, num_heads=spec.num_heads, skip=skip)
         assert max(map(relative_error, run(core, layout, window, qkv), want)) < 1e-12
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_other_rows_do_not_change_a_bit(name, dtype, plain):
+    """A row of packed documents, alone and among others: the bits of its output and gradients stay, so micro-batches of other rows (on
+    another number of ranks) give the same numbers."""
+    spec, t = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16), 600
+    lengths = [[600], [130, 400, 70], [310, 290], [5, 90, 505]]
+    documents = torch.stack([torch.repeat_interleave(torch.arange(len(n), dtype=torch.int32), torch.tensor(n)) for n in lengths])
+    index, core = torch.arange(t, dtype=torch.int32), build_core(name, spec)
+    documents = documents * (not plain)
+    qkv = [x.detach().to(dtype) for x in random_qkv(4, t, t, spec, torch.float32)]
+    weights = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def of(rows: list[int]) -> list[Tensor]:
+        some = [x[rows].requires_grad_() for x in qkv]
+        y = core(*some, core.prepare(Layout(documents[rows], documents[rows], index, index, plain), None))
+        return [y, *torch.autograd.grad((y * weights[rows]).sum(), some)]
+
+    whole = of([0, 1, 2, 3])
+    for rows in ([1], [3], [2, 3]):
+        assert all(torch.equal(got, want[rows]) for got, want in zip(of(rows), whole, strict=True))
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
