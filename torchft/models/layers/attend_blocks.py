@@ -59,8 +59,8 @@ def blocks_of(layout: Layout, window: int | None, num_heads: int, *, skip: bool 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, hidden: Tensor, scale: float, softcap: float | None) -> Tensor:
     """q (b, heads, tq, head_dim), k and v (b, kv_heads, tk, head_dim) -> (b, heads, tq, head_dim). bounds, hidden: of Blocks."""
     out, v = torch.empty_like(q, memory_format=torch.contiguous_format), v.contiguous()
-    for block in _blocks(q, k, bounds, hidden, scale, softcap):
-        block.of_queries(out).copy_(torch.bmm(block.p, block.of_keys(v)).view(block.shape))
+    for block, _, p, _ in _blocks(q, k, bounds, hidden, scale, softcap):
+        block.of_queries(out).copy_(torch.bmm(p, block.of_keys(v)).view(block.shape))
     return out
 
 
@@ -72,13 +72,13 @@ def attend_blocks_backward(
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=upcast(x[:0]).dtype, device=x.device) for x in (k, v))
     k, v = k.contiguous(), v.contiguous()
-    for block in _blocks(q, k, bounds, hidden, scale, softcap):
-        g = block.of_queries(grad).reshape(block.queries.shape)
-        ds = torch._softmax_backward_data(torch.bmm(g, block.of_keys(v).mT), block.p, -1, block.p.dtype)
-        if block.capped is not None:
-            ds = ds * (1 - block.capped.square()).to(ds.dtype)
-        block.of_keys(grad_v).add_(torch.bmm(block.p.mT, g))
-        block.of_keys(grad_k).add_(torch.bmm(ds.mT, block.queries))
+    for block, queries, p, capped in _blocks(q, k, bounds, hidden, scale, softcap):
+        g = block.of_queries(grad).reshape(queries.shape)
+        ds = torch._softmax_backward_data(torch.bmm(g, block.of_keys(v).mT), p, -1, p.dtype)
+        if capped is not None:
+            ds = ds * (1 - capped.square()).to(ds.dtype)
+        block.of_keys(grad_v).add_(torch.bmm(p.mT, g))
+        block.of_keys(grad_k).add_(torch.bmm(ds.mT, queries))
         block.of_queries(grad_q).copy_(torch.bmm(ds, block.of_keys(k)).mul_(scale).view(block.shape))
     return grad_q, grad_k.mul_(scale).to(k.dtype), grad_v.to(v.dtype)
 
@@ -86,11 +86,8 @@ def attend_blocks_backward(
 class _Block(NamedTuple):
     """Some queries of some rows. A group of query heads reads its key/value head without a copy of it."""
 
-    bounds: list[int]
+    bounds: list[int]  # a row of Blocks.bounds
     shape: tuple[int, int, int, int, int]  # rows, kv_heads, group, n, head_dim
-    queries: Tensor  # (rows * kv_heads, group * n, head_dim)
-    p: Tensor  # (rows * kv_heads, group * n, keys): softmax(scores), in their dtype
-    capped: Tensor | None  # tanh(scores / softcap), where scores are capped
 
     def of_queries(self, x: Tensor) -> Tensor:
         """This block's part of (b, heads, tq, head_dim)."""
@@ -103,14 +100,17 @@ class _Block(NamedTuple):
         return x[r0:r1].flatten(0, 1)[:, first:end]
 
 
-def _blocks(q: Tensor, k: Tensor, bounds: Tensor, hidden: Tensor, scale: float, softcap: float | None) -> Iterator[_Block]:
+def _blocks(
+    q: Tensor, k: Tensor, bounds: Tensor, hidden: Tensor, scale: float, softcap: float | None
+) -> Iterator[tuple[_Block, Tensor, Tensor, Tensor | None]]:
+    """Each block, its queries (rows * kv_heads, group * n, head_dim), softmax(scores) (.., group * n, keys) in their dtype, and
+    tanh(scores / softcap) where scores are capped."""
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     gives_fp32 = q.is_cuda and q.dtype.itemsize < 4  # products of narrow numbers; a CPU needs wide factors for that
     wide = (k if gives_fp32 else upcast(k)).contiguous()
     for r0, r1, lo, hi, first, end in bounds.tolist():
-        shape = (r1 - r0, *groups, hi - lo, q.shape[-1])
-        block = _Block([r0, r1, lo, hi, first, end], shape, q, q, None)
-        queries, keys = block.of_queries(q).reshape(-1, groups[1] * (hi - lo), shape[-1]), block.of_keys(wide).mT
+        block = _Block([r0, r1, lo, hi, first, end], (r1 - r0, *groups, hi - lo, q.shape[-1]))
+        queries, keys = block.of_queries(q).reshape(-1, groups[1] * (hi - lo), q.shape[-1]), block.of_keys(wide).mT
         if gives_fp32:
             scores = torch.bmm(queries, keys, out_dtype=torch.float32).mul_(scale)
         else:
@@ -124,7 +124,7 @@ def _blocks(q: Tensor, k: Tensor, bounds: Tensor, hidden: Tensor, scale: float, 
             by_head[..., lo - hi :].masked_fill_(hidden[: hi - lo, : hi - lo], float("-inf"))
         else:
             by_head.masked_fill_(hidden[r0:r1, :, lo:hi, first:end], float("-inf"))
-        yield block._replace(queries=queries, p=scores.softmax(-1).to(q.dtype), capped=capped)
+        yield block, queries, scores.softmax(-1).to(q.dtype), capped
 
 
 @attend_blocks.register_fake
