@@ -72,51 +72,83 @@ SLOWLY = "import time\nfrom torchft.train.job import Job\nbefore = Job.next_step
 SLOWLY += "Job.next_step = lambda self, step: time.sleep(0.5) or before(self, step)\n"
 
 
-@pytest.mark.full
-def test_a_lost_node_is_done_without(straight, cache, tmp_path):
-    """--nnodes 1:2 with two agents here; one, with its worker, is killed after four steps: the other goes on alone, same samples in
-    every step and losses within 1e-5."""
-    folder, plugin = tmp_path / "run", tmp_path / "slowly.py"
-    plugin.write_text(SLOWLY)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    meeting = [
-        "--nnodes",
-        "1:2",
-        "--max-restarts",
-        "3",
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_id",
-        "elastic",
-        "--rdzv_endpoint",
-        f"localhost:{port}",
-    ]
-    meeting += ["--rdzv-conf", "last_call_timeout=2,join_timeout=120"]
-    recipe = [str(ROOT / "recipes/full_finetune.py"), *arguments(folder, cache, *OPTIONS, f"plugins=[{plugin}]")]
-    agents = []
-    try:
-        for number in range(2):
-            with (tmp_path / f"agent_{number}.log").open("w") as log:
-                command = [*TORCHRUN, "1", *meeting, *recipe]
-                agents.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True))
-            time.sleep(1.0)  # the first holds the meeting point
-        limit = time.monotonic() + 120
-        while not (folder / "metrics.jsonl").exists() or len(rows(folder)) < 4:
-            assert time.monotonic() < limit and all(agent.poll() is None for agent in agents)
-            time.sleep(0.1)
-        assert json.loads((folder / "run.json").read_text())["mesh"]["dp_shard"] == 2
-        for pid in [*children(agents[1].pid), agents[1].pid]:
+class Nodes:
+    """Two nodes of one process each, both here, that meet under `--nnodes 1:2`."""
+
+    def __init__(self, tmp_path: Path, cache: Path):
+        self.folder, self.logs, self.agents = tmp_path / "run", tmp_path, []
+        (plugin := tmp_path / "slowly.py").write_text(SLOWLY)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        meeting = ["--nnodes=1:2", "--max-restarts=3", "--rdzv_backend=c10d", "--rdzv_id=elastic", f"--rdzv_endpoint=localhost:{port}"]
+        meeting += ["--rdzv-conf", "last_call_timeout=2,join_timeout=120"]
+        recipe = [str(ROOT / "recipes/full_finetune.py"), *arguments(self.folder, cache, *OPTIONS, f"plugins=[{plugin}]")]
+        self.command = [*TORCHRUN, "1", *meeting, *recipe]
+
+    def __enter__(self) -> "Nodes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number in range(len(self.agents)):
+            self.kill(number)
+
+    def start(self) -> None:
+        with (self.logs / f"agent_{len(self.agents)}.log").open("w") as log:
+            self.agents.append(subprocess.Popen(self.command, stdout=log, stderr=log, env=environment(), start_new_session=True))
+
+    def kill(self, number: int) -> None:
+        agent = self.agents[number]
+        for pid in [*children(agent.pid), agent.pid] if agent.poll() is None else []:
             os.kill(pid, signal.SIGKILL)
-        assert agents[0].wait(200) == 0, (tmp_path / "agent_0.log").read_text()
-    finally:
-        for agent in agents:
-            for pid in [*children(agent.pid), agent.pid] if agent.poll() is None else []:
-                os.kill(pid, signal.SIGKILL)
-    assert json.loads((folder / "run.json").read_text())["mesh"]["dp_shard"] == 1
+
+    def wait_for_step(self, step: int) -> None:
+        limit = time.monotonic() + 120
+        while not (self.folder / "metrics.jsonl").exists() or len(rows(self.folder)) < step:
+            assert time.monotonic() < limit and all(agent.poll() is None for agent in self.agents)
+            time.sleep(0.1)
+
+    def end(self, number: int) -> None:
+        assert self.agents[number].wait(200) == 0, (self.logs / f"agent_{number}.log").read_text()
+
+    @property
+    def num_nodes(self) -> int:
+        return json.loads((self.folder / "run.json").read_text())["mesh"]["dp_shard"]
+
+
+def check_same_run(folder: Path, straight: Path) -> None:
+    """The same samples in every step, and losses within 1e-5."""
     for got, want in zip(rows(folder), rows(straight), strict=True):
         assert got["tokens_total"] == want["tokens_total"] and abs(got["loss"] - want["loss"]) <= 1e-5 * want["loss"]
+
+
+@pytest.mark.full
+def test_a_lost_node_is_done_without(straight, cache, tmp_path):
+    """One node, with its worker, is killed after four steps: the other goes on alone."""
+    with Nodes(tmp_path, cache) as nodes:
+        nodes.start()
+        time.sleep(1.0)  # the first holds the meeting point
+        nodes.start()
+        nodes.wait_for_step(4)
+        assert nodes.num_nodes == 2
+        nodes.kill(1)
+        nodes.end(0)
+        assert nodes.num_nodes == 1
+    check_same_run(nodes.folder, straight)
+
+
+@pytest.mark.full
+def test_a_node_that_joins_is_used(straight, cache, tmp_path):
+    """A second node comes after four steps: the run stops, saves, and goes on with both."""
+    with Nodes(tmp_path, cache) as nodes:
+        nodes.start()
+        nodes.wait_for_step(4)
+        assert nodes.num_nodes == 1
+        nodes.start()
+        nodes.end(0)
+        nodes.end(1)
+        assert nodes.num_nodes == 2
+    check_same_run(nodes.folder, straight)
 
 
 def children(pid: int) -> list[int]:

@@ -199,11 +199,11 @@ SECRETS = {"HF_TOKEN": "hf_" + "Zq7" * 12, "WANDB_API_KEY": "0123456789abcdef" *
 @pytest.mark.parametrize("ending", ["good", "error", "bug"])
 def test_no_secret_in_any_output(ending, cache, tmp_path):
     """A hub token, an API key and a tracker's key in the environment, one of them in the config by ${oc.env:...}, one in a URL: none in
-    stdout, stderr or any file of the run, whether it ends well, with an error that quotes it, or with a traceback."""
+    stdout, stderr or any file of the run, whether it ends well, with an error that quotes them, or with a traceback."""
     body = "import os\nfrom torchft.errors import DataError\nfrom torchft.train import setup\n"
     if ending != "good":
         kind = "DataError" if ending == "error" else "RuntimeError"
-        body += f"def fail(*a):\n    raise {kind}('no access with ' + os.environ['HF_TOKEN'])\nsetup.build_text = fail\n"
+        body += f"def fail(*a):\n    raise {kind}('no access with ' + ' '.join(os.environ[name] for name in {list(SECRETS)}))\nsetup.build_text = fail\n"
     folder = tmp_path / "run"
     argv = arguments(folder, cache, *SHORT, plugin(tmp_path, body), "metrics.project=${oc.env:OPENAI_API_KEY}")
     command = [sys.executable, str(ROOT / "recipes/full_finetune.py"), *argv]
