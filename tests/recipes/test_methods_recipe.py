@@ -76,10 +76,10 @@ def test_loftq_begins_nearer_to_the_original(tmp_path: Path, base: Path) -> None
     nf4 = ["quant.format=nf4", "quant.block_size=32", "train.steps=2", *STEADY]
     assert run(argv(tmp_path / "plain", base, "train.steps=1", *STEADY)) == 0
     assert run(argv(tmp_path / "nf4", base, *nf4)) == 0
-    assert run(argv(tmp_path / "loftq", base, *nf4, "adapter.init=loftq", "adapter.rank=32")) == 0
+    assert run(argv(tmp_path / "loftq", base, *nf4, "adapter.init=loftq", "adapter.rank=32", "adapter.alpha=96")) == 0
     plain, coarse, nearer = (rows(tmp_path / name)[0]["loss"] for name in ("plain", "nf4", "loftq"))
     assert abs(nearer - plain) < 0.5 * abs(coarse - plain)
-    halves = [*nf4, "adapter.init=loftq", "adapter.rank=32"]
+    halves = [*nf4, "adapter.init=loftq", "adapter.rank=32", "adapter.alpha=96"]
     assert run(argv(tmp_path / "part", base, *halves, "train.steps=1")) == 0
     assert run(argv(tmp_path / "part", base, *halves)) == 0
     expected, got = adapter_of(tmp_path / "loftq", 2), adapter_of(tmp_path / "part", 2)
