@@ -203,7 +203,8 @@ def test_no_secret_in_any_output(ending, cache, tmp_path):
     body = "import os\nfrom torchft.errors import DataError\nfrom torchft.train import setup\n"
     if ending != "good":
         kind = "DataError" if ending == "error" else "RuntimeError"
-        body += f"def fail(*a):\n    raise {kind}('no access with ' + ' '.join(os.environ[name] for name in {list(SECRETS)}))\nsetup.build_text = fail\n"
+        quoted = f"' '.join(os.environ[name] for name in {list(SECRETS)})"
+        body += f"def fail(*a):\n    raise {kind}('no access with ' + {quoted})\nsetup.build_text = fail\n"
     folder = tmp_path / "run"
     argv = arguments(folder, cache, *SHORT, plugin(tmp_path, body), "metrics.project=${oc.env:OPENAI_API_KEY}")
     command = [sys.executable, str(ROOT / "recipes/full_finetune.py"), *argv]
