@@ -13,8 +13,8 @@ quickstart: $(INSTALLED)
 pretrain: $(INSTALLED)
 	$(PY) scripts/pretrain_demo.py
 
-# What starts several ranks goes one test at a time; the rest in two processes. Fails if either part does, after both.
-RANKS := tests/dist tests/faults tests/gpu
+# Layouts keep ranks from test to test and go one test at a time; the rest in two processes. Fails if either part does, after both.
+RANKS := tests/dist tests/gpu
 test: $(INSTALLED)
 	$(PY) -m pytest -m "not full" $(RANKS); ranks=$$?; \
 	$(PY) -m pytest -m "not full" -n 2 --dist loadfile $(addprefix --ignore=,$(RANKS)) && exit $$ranks

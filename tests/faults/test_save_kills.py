@@ -45,7 +45,7 @@ def test_kill_in_a_save(point: str, victim: int, straight: list, tmp_path: Path,
     process resumes with exactly its state, removes what was left, and saves again."""
     monkeypatch.setenv("TORCHFT_FAULT", f"kill:{point}:rank={victim}:step=3")
     with pytest.raises(RuntimeError, match=f"rank {1 - victim}:"):
-        run_dist(run, 2, tmp_path, 3, timeout=20)
+        run_dist(run, 2, tmp_path, 3, timeout=60)
     monkeypatch.delenv("TORCHFT_FAULT")
     published = point in ("save.after_rename", "save.in_retention")
     assert [path.name for path in tmp_path.glob("latest*") if ".tmp-" not in path.name] == ["latest"]
