@@ -38,7 +38,14 @@ def prepared(tmp_path_factory) -> cases.Prepared:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["eager", pytest.param("chat", marks=pytest.mark.full), pytest.param("lora", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("eager", marks=pytest.mark.full),
+        pytest.param("chat", marks=pytest.mark.full),
+        pytest.param("lora", marks=pytest.mark.full),
+    ],
+)
 def test_ours_a_plain_loop_and_trainer_have_the_same_losses(prepared, mode, monkeypatch):
     """fp32: each step's loss on full rows; on chats the mean over all trained tokens, packed by two libraries and padded by the third; LoRA
     from the same first values, by the third with peft."""
