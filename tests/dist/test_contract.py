@@ -92,7 +92,7 @@ CELLS = (
     Cell("tp2-fsdp2-recompute", 4, (("tp", 2),), recompute="full", core="sdpa"),
 )
 FLEX_CELLS = (  # FlexAttention, whose block mask goes through every wrapper; on CUDA it has no fp64
-    Cell("fsdp2-flex-compile-recompute", 2, recompute="full", compile="aot_eager", core="flex"),
+    Cell("fsdp2-flex-compile-recompute", 2, recompute="full", compile="aot_eager", core="flex", full=True),
     Cell("tp2-flex-compile", 2, (("tp", 2),), compile="aot_eager", core="flex", full=True),
     Cell("pp2-flex-selective", 2, (("pp", 2),), recompute="selective", core="flex"),
 )
