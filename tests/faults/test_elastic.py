@@ -73,7 +73,7 @@ SLOWLY += "Job.next_step = lambda self, step: time.sleep(0.5) or before(self, st
 
 
 class Nodes:
-    """Two nodes of one process each, both here, that meet under `--nnodes 1:2`."""
+    """Two nodes of one process each, both here, that meet under `--nnodes 1:2`, with the variable that `torchft run` sets."""
 
     def __init__(self, tmp_path: Path, cache: Path):
         self.folder, self.logs, self.agents = tmp_path / "run", tmp_path, []
@@ -95,7 +95,11 @@ class Nodes:
 
     def start(self) -> None:
         with (self.logs / f"agent_{len(self.agents)}.log").open("w") as log:
-            self.agents.append(subprocess.Popen(self.command, stdout=log, stderr=log, env=environment(), start_new_session=True))
+            self.agents.append(
+                subprocess.Popen(
+                    self.command, stdout=log, stderr=log, env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"), start_new_session=True
+                )
+            )
 
     def kill(self, number: int) -> None:
         agent = self.agents[number]
