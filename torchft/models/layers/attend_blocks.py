@@ -45,14 +45,14 @@ def blocks_of(layout: Layout, window: int | None, num_heads: int, *, skip: bool 
     parts = [(r, min(r + rows, b), lo, min(lo + size, tq)) for r in range(0, b, rows) for lo in range(0, tq, size)]
     if plain:
         bounds = [(*part, 0, part[3]) for part in parts]
-        return Blocks(torch.tensor(bounds), torch.ones(size, size, dtype=torch.bool, device=device).triu(1))
+        return Blocks(torch.tensor(bounds, device="cpu"), torch.ones(size, size, dtype=torch.bool, device=device).triu(1))
     seen = layout.dense(window)
     if skip:
         keys = [seen[r, 0, lo:hi].any(0).nonzero().flatten() for r, _, lo, hi in parts]
         bounds = [(*part, int(some[0]), int(some[-1]) + 1) for part, some in zip(parts, keys, strict=True)]
     else:
         bounds = [(*part, 0, part[3] if tq == tk else tk) for part in parts]
-    return Blocks(torch.tensor(bounds), ~seen)
+    return Blocks(torch.tensor(bounds, device="cpu"), ~seen)
 
 
 @torch.library.custom_op("torchft::attend_blocks", mutates_args=())
