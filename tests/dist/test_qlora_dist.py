@@ -21,6 +21,7 @@ from torchft.peft.lora import LoraConfig, apply_lora
 from torchft.quant.swap import apply_quant, quantised_modules
 from torchft.train.step import NonFinite, train_step
 
+NUM_BATCHES = 8  # micro-batches a step: of half as many tokens a loss is a thousandth off by bf16's rounding alone
 LAYOUTS = {"dp2": (2, {}), "tp2": (2, {"tp": 2}), "dp2-tp2": (4, {"tp": 2}), "pp2": (2, {"pp": 2})}
 
 
@@ -45,7 +46,7 @@ def train(world: int, parallel: dict, dtype: str, compute: str | None):
             grads.update({n: full(p.grad) for n, p in trained.items()})
 
     optimizer.register_step_pre_hook(keep)
-    for batches in global_steps():
+    for batches in global_steps(3, NUM_BATCHES):
         mine = of_rank(batches, mesh.dp_rank, mesh.dp_size)
         stats = train_step(parts, mine, CrossEntropy(), optimizer, max_norm=0.05, nonfinite=NonFinite())
         losses.append(parts.reduce_metrics(stats.metrics)["loss"])
@@ -67,7 +68,7 @@ def reference(dtype: str):
     seed_adapters(model.named_parameters())
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer, losses, grads = adamw(trained.values()), [], {}
-    for batches in global_steps():
+    for batches in global_steps(3, NUM_BATCHES):
         count, total = sum(b.weights.double().sum() for b in batches), 0.0
         for b in batches:
             logits = model(b.tokens, layout=b.layout(), positions=b.positions)
@@ -102,11 +103,9 @@ def test_qlora_on_layouts_equals_one_process(name: str, dtype: str):
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["dp2", "tp2", "dp2-tp2"])
 def test_qlora_in_bf16_stays_near(name: str):
-    """bf16 compute under fp32 adapters: the loss of three steps together within 1e-3 of the fp32 reference; a single one, of some sixty
-    trained tokens, is noisier."""
+    """bf16 compute under fp32 adapters: losses of three steps within 1e-3 of the fp32 reference."""
     world, parallel = LAYOUTS[name]
     want, _, _ = reference("fp32")
     for losses, _, weights in run_pooled(train, world, world, parallel, "fp32", "bf16"):
-        assert abs(sum(losses) - sum(want)) <= 1e-3 * sum(want), (losses, want)
-        assert all(abs(got - expected) <= 2e-3 * expected for got, expected in zip(losses, want, strict=True)), (losses, want)
+        assert all(abs(got - expected) <= 1e-3 * expected for got, expected in zip(losses, want, strict=True)), (losses, want)
         assert all(w.dtype == torch.float32 for w in weights.values())
